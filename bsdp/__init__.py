@@ -1,0 +1,56 @@
+"""Basis scaling and double pruning: make pretrained vision backbones small and fast while they are transferred.
+
+``import bsdp`` loads torch only. The Lightning callbacks are in `bsdp.callbacks`, the data modules in `bsdp.datamodules`.
+"""
+
+from bsdp.cost import LayerCost, ModelCost, layer_cost
+from bsdp.decompose import Decomposition, decompose, pair_from_layer
+from bsdp.files import load, read_metadata, save
+from bsdp.folding import fold, fold_pair
+from bsdp.freezing import fixed_batch_norms, freeze
+from bsdp.importance import FeatureStatistics, ScoreAccumulator
+from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
+from bsdp.pruner import IterativePruner, PruningSettings
+from bsdp.pruning import prune
+from bsdp.record import PruningRecord, RoundRecord
+from bsdp.schedules import kept_share
+from bsdp.selection import PruningPlan, select
+from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_latency
+from bsdp.structure import load_checkpoint, rebuild, structure_of
+
+__all__ = [
+    "BasisPair",
+    "BasisScalingConv",
+    "Decomposition",
+    "FeatureStatistics",
+    "IterativePruner",
+    "LayerCost",
+    "LayerStats",
+    "ModelCost",
+    "ModelStats",
+    "PruningPlan",
+    "PruningRecord",
+    "PruningSettings",
+    "RoundRecord",
+    "ScoreAccumulator",
+    "decompose",
+    "describe",
+    "fixed_batch_norms",
+    "fold",
+    "fold_pair",
+    "freeze",
+    "kept_share",
+    "layer_cost",
+    "load",
+    "load_checkpoint",
+    "measure_cost",
+    "measure_latency",
+    "named_pairs",
+    "pair_from_layer",
+    "prune",
+    "read_metadata",
+    "rebuild",
+    "save",
+    "select",
+    "structure_of",
+]

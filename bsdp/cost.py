@@ -1,0 +1,145 @@
+"""What a layer costs at a rank: the pair, the re-fused layer, and the cheaper of the two.
+
+With `groups` g, `fan_in` m and `out_channels` o the fused layer has ``o * m`` weights and the pair
+``rank * (g * m + o)``; multiply-adds are the same numbers times the output positions. Both break even at
+``o * m / (g * m + o)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from bsdp._checks import check_choice
+from bsdp.layers import BasisPair, layer_groups, weight_of
+
+COST_KINDS = ("params", "macs", "bases")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one decomposed layer as a function of its rank.
+
+    Attributes:
+        fan_in: Inputs of one filter, ``in_channels / groups * kernel positions``.
+        out_channels: Output channels or features.
+        groups: Groups of the convolution.
+        full_rank: Largest rank per group, ``min(fan_in, out_channels / groups)``.
+        bias: Whether the original layer has a bias.
+        positions: Output positions per example, summed over all calls; None when not measured.
+    """
+
+    fan_in: int
+    out_channels: int
+    groups: int
+    full_rank: int
+    bias: bool
+    positions: int | None = None
+
+    @property
+    def fused(self) -> int:
+        """Weights of the original layer, without its bias."""
+        return self.out_channels * self.fan_in
+
+    @property
+    def per_rank(self) -> int:
+        """Weights that one more basis in every group adds to the pair."""
+        return self.groups * self.fan_in + self.out_channels
+
+    @property
+    def break_even_rank(self) -> float:
+        """The rank at which the pair costs as much as the fused layer."""
+        return self.fused / self.per_rank
+
+    @property
+    def largest_useful_rank(self) -> int:
+        """The largest rank at which the pair is strictly cheaper than the fused layer; 0 if there is none."""
+        return min(self.full_rank, math.ceil(self.break_even_rank) - 1)
+
+    def kind(self, rank: int) -> str:
+        """How the layer is deployed at a rank: ``"pair"`` or ``"fused"``; fused when both cost the same."""
+        return "pair" if rank <= self.largest_useful_rank else "fused"
+
+    def deployed(self, rank: int, *, kind: str = "params", new_bias: bool = True) -> int:
+        """Cost of the deployed layer at a rank.
+
+        Args:
+            rank: Basis vectors per group.
+            kind: ``"params"`` (biases included), ``"macs"`` or ``"bases"``.
+            new_bias: Whether a cut below full rank gives the layer a bias that the original lacked (mean-to-bias).
+        """
+        if kind == "bases":
+            return self.groups * rank
+        weights = min(self.fused, rank * self.per_rank)
+        if kind == "macs":
+            if self.positions is None:
+                raise ValueError("MACs need the output positions of the layers: measure the cost with an example input.")
+            return weights * self.positions
+        has_bias = self.bias or (new_bias and rank < self.full_rank)
+        return weights + (self.out_channels if has_bias else 0)
+
+    def original(self, *, kind: str = "params") -> int:
+        """Cost of the original layer (for ``"bases"``: all bases at full rank)."""
+        return self.deployed(self.full_rank, kind=kind)
+
+
+def layer_cost(layer: nn.Module, *, positions: int | None = None) -> LayerCost:
+    """Read the geometry of a pair, or of a convolution or linear layer, into a `LayerCost`.
+
+    Args:
+        layer: A `BasisPair`, ``Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``.
+        positions: Output positions per example, see `LayerCost`.
+    """
+    groups = layer_groups(layer)
+    if isinstance(layer, BasisPair):
+        fan_in, out_channels, bias = layer.fan_in, groups * layer.out_per_group, layer.had_bias
+    else:
+        weight = weight_of(layer)
+        fan_in, out_channels, bias = weight[0].numel(), weight.shape[0], layer.bias is not None
+    full_rank = min(fan_in, out_channels // groups)
+    return LayerCost(fan_in, out_channels, groups, full_rank, bias, positions)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The cost of a whole model as a function of the ranks of its pairs.
+
+    Attributes:
+        layers: The decomposed layers.
+        fixed_params: Parameters of everything else, the head included.
+        fixed_macs: Multiply-adds of everything else for one example; None when not measured.
+        new_bias: Whether cuts move means into biases, which then count.
+    """
+
+    layers: Mapping[str, LayerCost] = field(default_factory=dict)
+    fixed_params: int = 0
+    fixed_macs: int | None = None
+    new_bias: bool = True
+
+    def fixed(self, kind: str) -> int:
+        """Cost of what is not decomposed."""
+        check_choice("kind", kind, COST_KINDS)
+        if kind == "bases":
+            return 0
+        if kind == "params":
+            return self.fixed_params
+        if self.fixed_macs is None:
+            raise ValueError("MACs were not measured: measure the cost with an example input.")
+        return self.fixed_macs
+
+    def original(self, kind: str = "params") -> int:
+        """Cost of the original, undecomposed model."""
+        return self.fixed(kind) + sum(layer.original(kind=kind) for layer in self.layers.values())
+
+    def deployed(self, ranks: Mapping[str, int], kind: str = "params") -> int:
+        """Cost of the folded model at the given ranks."""
+        return self.fixed(kind) + sum(
+            layer.deployed(ranks[name], kind=kind, new_bias=self.new_bias) for name, layer in self.layers.items()
+        )
+
+    def kept_at_rank_one(self, kind: str = "params") -> float:
+        """The smallest share any plan can keep: every layer at rank 1."""
+        return self.deployed(dict.fromkeys(self.layers, 1), kind) / self.original(kind)

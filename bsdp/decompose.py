@@ -1,0 +1,201 @@
+"""Splitting the layers of a model into pairs of basis and scaling layers by SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import parameter
+from torch.nn.utils import parametrize
+
+from bsdp._checks import check_choice, check_patterns, matches
+from bsdp.cost import layer_cost
+from bsdp.factorize import METRICS, factorize
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, layer_groups, to_matrix, weight_of
+from bsdp.probing import as_inputs, probe
+from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
+
+_CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What `decompose` did.
+
+    Attributes:
+        replaced: ``{name: (old layer, pair)}``; a layer with two names stands under both.
+        skipped: ``{name: reason}`` for every convolution or linear layer that was left alone.
+    """
+
+    replaced: dict[str, tuple[nn.Module, BasisPair]]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} layers decomposed, {len(self.skipped)} left as they are"]
+        lines += [f"  left: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def find_head(model: nn.Module) -> str | None:
+    """Name of the last convolution or linear layer in module order: what `decompose` takes for the head."""
+    names = [name for name, module in model.named_modules() if isinstance(module, _CANDIDATE_TYPES)]
+    return names[-1] if names else None
+
+
+def decompose(
+    model: nn.Module,
+    *,
+    metric: str = "euclidean",
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+) -> Decomposition:
+    """Replace, in place, every convolution and linear layer that is worth it by an equivalent pair.
+
+    The outputs do not change: at full rank a pair computes the same function as its layer, for every stride, padding,
+    padding mode, dilation and number of groups (Wong et al., arXiv 2108.02893). The factors are computed in float64.
+    Afterwards the basis filters, the 1x1 weights and the bias of each pair are frozen and only ``scaling.delta`` trains;
+    other parameters are left as they are (see `freeze`).
+
+    Args:
+        model: The model to change.
+        metric: How bases are chosen: ``"euclidean"`` (SVD of the weight, orthonormal filters) or ``"activation"``
+            (eigenvectors of the layer's output second moment, needs `statistics`).
+        include: Shell-style patterns of the layers to decompose, matched against a layer's dotted name and the modules
+            that hold it. None: all but the head, taken as the last convolution or linear layer in module order.
+        exclude: Patterns of layers to leave alone, in the same form.
+        statistics: For ``"activation"``: per layer name the second moment ``E[y y^T]`` of its outputs before the bias,
+            ``[out_channels, out_channels]``.
+        example_input: Input (or tuple of inputs) of the model. When given, layers that are never called through their
+            ``forward`` are left alone, too.
+
+    Returns:
+        What was replaced, and what was left alone with the reason.
+
+    Raises:
+        ValueError: If an argument is not allowed, a pattern matches nothing, or weights hold NaN or infinity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        >>> print(bsdp.decompose(model))
+        1 layers decomposed, 1 left as they are
+          left: 2: it is the head (the last layer of the model); name it in `include` to decompose it
+    """
+    check_choice("metric", metric, METRICS)
+    names = module_names(model)
+    layers = {m: n for m, n in names.items() if isinstance(m, _CANDIDATE_TYPES)}
+    pairs = {m: n for m, n in names.items() if isinstance(m, BasisPair)}
+    inside_pairs = {child for pair in pairs for child in pair.modules()}
+    layers = {m: n for m, n in layers.items() if m not in inside_pairs}
+    all_names = [name for group in (*layers.values(), *pairs.values()) for name in group]
+    include = check_patterns("include", include, all_names)
+    exclude = check_patterns("exclude", exclude, all_names)
+    called = None if example_input is None else _called_modules(model, list(layers), example_input)
+    owners = _parameter_owners(names)
+    head = find_head(model)
+
+    skipped: dict[str, str] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer, layer_names in layers.items():
+        reason = _reason_to_skip(layer, layer_names, include, exclude, head, called, owners)
+        if reason is not None:
+            skipped.update(dict.fromkeys(layer_names, reason))
+            continue
+        moment = None if statistics is None else next((statistics[n] for n in layer_names if n in statistics), None)
+        if metric != "euclidean" and moment is None:
+            raise ValueError(f"`statistics` lacks layer {layer_names[0]!r}, which `metric={metric!r}` needs.")
+        try:
+            replacements[layer] = pair_from_layer(layer, metric=metric, moment=moment)
+        except ValueError as error:
+            raise ValueError(f"layer {layer_names[0]!r} {tuple(weight_of(layer).shape)}: {error}") from error
+    replaced = replace_modules(model, replacements)
+    for old, new in replacements.items():
+        move_hooks(old, new)
+    by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
+    return Decomposition(by_name, skipped)
+
+
+def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tensor | None = None) -> BasisPair:
+    """Build the full-rank pair of one layer; the layer itself is not changed.
+
+    Args:
+        layer: A ``Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``.
+        metric: See `decompose`.
+        moment: See `decompose`, one entry of `statistics`.
+
+    Raises:
+        ValueError: If the layer is of another type, or its weight or moment cannot be factorised.
+    """
+    if type(layer) not in SUPPORTED_TYPES:
+        allowed = ", ".join(kind.__name__ for kind in SUPPORTED_TYPES)
+        raise ValueError(f"`layer` must be one of {allowed}, got {type(layer).__name__}.")
+    check_choice("metric", metric, METRICS)
+    pair = BasisPair(layer)
+    factors = factorize(to_matrix(weight_of(layer).detach(), pair.groups), metric=metric, moment=moment)
+    basis, scaling = weight_of(pair.basis), pair.scaling
+    with torch.no_grad():
+        basis.copy_(factors.basis.reshape(basis.shape))
+        scaling.weight.copy_(factors.coefficients.reshape(scaling.weight.shape))
+        scaling.sigma.copy_(factors.sigma.flatten())
+        if isinstance(layer.bias, Tensor):
+            scaling.bias.copy_(layer.bias)
+    return pair.train(layer.training)
+
+
+def _reason_to_skip(
+    layer: nn.Module,
+    names: list[str],
+    include: list[str] | None,
+    exclude: list[str] | None,
+    head: str | None,
+    called: set[nn.Module] | None,
+    owners: Mapping[int, int],
+) -> str | None:
+    if include is not None and not any(matches(name, include) for name in names):
+        return "not named in `include`"
+    if exclude is not None and any(matches(name, exclude) for name in names):
+        return "named in `exclude`"
+    if include is None and head in names:
+        return "it is the head (the last layer of the model); name it in `include` to decompose it"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized (weight norm, spectral norm, ...); remove the parametrization first"
+    weight = weight_of(layer)
+    if parameter.is_lazy(weight):
+        return "it is lazy: run the model once before decomposing"
+    if type(layer) not in SUPPORTED_TYPES:
+        return f"layers of type {type(layer).__name__} are not supported"
+    if weight.is_meta:
+        return "its weight is on the meta device: load the weights before decomposing"
+    if has_forward_pre_hooks(layer):
+        return "it has forward pre-hooks, which may change its weight or input (weight norm of the old style does)"
+    if not isinstance(weight, nn.Parameter) or any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
+        return "it shares a parameter with another module"
+    if called is not None and layer not in called:
+        return "it is never called on the example input"
+    if weight[0].numel() == 1 or weight.shape[0] == layer_groups(layer):
+        depthwise = layer_groups(layer) > 1 and weight.shape[1] == 1
+        return "it is depthwise: every group already has rank 1" if depthwise else "its rank is already 1"
+    if layer_cost(layer).largest_useful_rank < 1:
+        return "no rank would make it smaller"
+    return None
+
+
+def _parameter_owners(names: Mapping[nn.Module, list[str]]) -> dict[int, int]:
+    owners: dict[int, int] = {}
+    for module in names:
+        for parameter_ in module._parameters.values():
+            if parameter_ is not None:
+                owners[id(parameter_)] = owners.get(id(parameter_), 0) + 1
+    return owners
+
+
+def _called_modules(
+    model: nn.Module, layers: list[nn.Module], example_input: Tensor | tuple[Tensor, ...]
+) -> set[nn.Module]:
+    called: set[nn.Module] = set()
+    with probe(model, layers, lambda layer, _inputs, _output: called.add(layer)):
+        model(*as_inputs(example_input))
+    return called

@@ -1,0 +1,77 @@
+"""Factorising a weight matrix into bases and coefficients.
+
+Matrices are ``[groups, out_per_group, fan_in]``. All factors are computed in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("euclidean", "activation")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one weight, ordered by descending sigma in every group.
+
+    Attributes:
+        basis: ``[groups, rank, fan_in]``.
+        coefficients: ``[groups, out_per_group, rank]``; ``coefficients @ basis`` is the weight.
+        sigma: ``[groups, rank]``: singular values, or root-mean-square feature outputs in the activation metric.
+    """
+
+    basis: Tensor
+    coefficients: Tensor
+    sigma: Tensor
+
+
+def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | None = None) -> Factors:
+    """Factorise ``M = coefficients @ basis`` at full rank.
+
+    ``"euclidean"`` is the SVD of Wong et al. (arXiv 2108.02893): orthonormal bases, coefficients ``V diag(sigma)``.
+    ``"activation"`` takes V from the eigenvectors of the output second moment ``E[y y^T]`` and sets
+    ``basis = diag(1 / lambda) V^T M``: the truncation that is optimal for the layer's output on the data that gave the
+    moment; the bases then are orthonormal in the data's metric, not in the Euclidean one.
+
+    Args:
+        matrix: ``[groups, out_per_group, fan_in]``, any floating dtype.
+        metric: One of `METRICS`.
+        moment: For ``"activation"``: ``[groups * out_per_group, groups * out_per_group]``; of it only the diagonal
+            blocks of the groups are used.
+
+    Returns:
+        Factors in float64, on the matrix's device where that supports float64 and on the CPU otherwise.
+
+    Raises:
+        ValueError: If the matrix or the moment holds NaN or infinity.
+    """
+    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    if not matrix.isfinite().all():
+        raise ValueError("its weight holds NaN or infinity; load sound weights before decomposing.")
+    if metric == "euclidean":
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+        return Factors(basis=right, coefficients=left * sigma[:, None, :], sigma=sigma)
+    assert moment is not None
+    return _activation_factors(matrix, moment.to(matrix))
+
+
+def _activation_factors(matrix: Tensor, moment: Tensor, *, ridge: float = 1e-4) -> Factors:
+    groups, out, fan_in = matrix.shape
+    if not moment.isfinite().all():
+        raise ValueError("its output statistics hold NaN or infinity; check the calibration data.")
+    blocks = torch.stack([moment[g * out : (g + 1) * out, g * out : (g + 1) * out] for g in range(groups)])
+    gram = matrix @ matrix.mT
+    # The ridge is an isotropic input moment of a share of the measured output power: it keeps directions that the
+    # calibration data never excite in a sensible order, and every kept lambda away from zero.
+    power = blocks.diagonal(dim1=1, dim2=2).sum(1) / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
+    blocks = blocks + (ridge * power)[:, None, None] * gram
+    rank = min(out, fan_in)
+    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+    sigma = values.clamp_min(0).sqrt()
+    floor = sigma[:, :1] * 1e-7
+    safe = torch.where(sigma > floor, sigma, torch.where(floor > 0, floor, torch.ones_like(floor)))
+    return Factors(basis=(vectors.mT @ matrix) / safe[:, :, None], coefficients=vectors * safe[:, None, :], sigma=safe)

@@ -1,0 +1,244 @@
+"""The pair of layers that replaces one convolution or linear layer.
+
+Layout used throughout: a weight is brought to ``[groups, out_per_group, fan_in]`` (see `to_matrix`), where `fan_in`
+counts the inputs of one filter (``in_channels / groups * kernel positions``). One layer with matrix ``M`` becomes
+``M = V diag(sigma) U^T`` per group: ``U^T`` is the `basis` layer, ``V diag(sigma)`` the 1x1 `scaling` layer, and each
+column of the latter has one trainable scaling factor ``s = 1 + delta``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SUPPORTED_TYPES: tuple[type[nn.Module], ...] = (*CONV_TYPES, nn.Linear)
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_GEOMETRY = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_GEOMETRY = (*_CONV_GEOMETRY, "out_channels", "in_features", "out_features")
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a convolution or linear layer, or the product of a pair."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def layer_groups(layer: nn.Module) -> int:
+    """Number of groups of a convolution; 1 for a linear layer."""
+    return int(getattr(layer, "groups", 1))
+
+
+def spatial_dims(layer: nn.Module) -> int:
+    """Spatial dimensions of a layer: 1 to 3 for a convolution, 0 for a linear layer."""
+    return weight_of(layer).dim() - 2
+
+
+def new_layer(
+    like: nn.Module, outputs: int, *, bias: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A layer with the geometry of another one (or of a pair's original), its own number of outputs and no values."""
+    kind: Callable[..., nn.Module] = like.original_type if isinstance(like, BasisPair) else type(like)
+    names = ("in_features",) if kind is nn.Linear else _CONV_GEOMETRY
+    geometry = {name: getattr(like, name) for name in names}
+    # Born on the meta device: an initialisation that nobody reads would cost time and move the global random state.
+    layer = kind(**geometry, **{_width(kind): outputs}, bias=bias, device="meta", dtype=dtype)
+    return layer.to_empty(device=device or "cpu")
+
+
+def _width(kind: object) -> str:
+    return "out_features" if kind is nn.Linear else "out_channels"
+
+
+def to_matrix(weight: Tensor, groups: int) -> Tensor:
+    """Bring a weight ``[out, in / groups, *kernel]`` to ``[groups, out_per_group, fan_in]``."""
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+class BasisScalingConv(nn.Module):
+    """The second layer of a pair: 1x1 weights back to the output channels, one scaling factor per basis.
+
+    The frozen `weight` is ``V diag(sigma)``, of shape ``[out_channels, rank, 1, ...]`` (``[out_features, rank]`` behind
+    a linear layer); with groups it is a grouped 1x1 convolution and `rank` counts per group. `delta`, of shape
+    ``[groups * rank]``, is the only parameter that trains by default: the scaling factors are ``1 + delta``, so that
+    any weight decay pulls them to 1, where the layer's function is the original one.
+
+    Args:
+        out_channels: Output channels (or features) of the pair.
+        rank: Basis vectors per group.
+        groups: Groups of the original convolution.
+        dims: Spatial dimensions, 0 for a linear layer.
+    """
+
+    sigma: Tensor
+
+    def __init__(self, out_channels: int, rank: int, *, groups: int = 1, dims: int = 2, **factory: Any) -> None:
+        super().__init__()
+        self.groups = groups
+        self.dims = dims
+        shape = (out_channels, rank) + (1,) * dims
+        self.weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=False)
+        self.delta = nn.Parameter(torch.zeros(groups * rank, **factory))
+        self.bias = nn.Parameter(torch.zeros(out_channels, **factory), requires_grad=False)
+        self.register_buffer("sigma", torch.ones(groups * rank, **factory))
+
+    @property
+    def scale(self) -> Tensor:
+        """The scaling factors ``s = 1 + delta``, ``[groups * rank]``."""
+        return 1.0 + self.delta
+
+    @property
+    def scaled_weight(self) -> Tensor:
+        """The 1x1 weights with the factors multiplied in, same shape as `weight`."""
+        ones = (1,) * self.dims
+        if self.groups == 1:
+            return self.weight * self.scale.view(1, -1, *ones)
+        grouped = self.weight.view(self.groups, -1, *self.weight.shape[1:])
+        return (grouped * self.scale.view(self.groups, 1, -1, *ones)).view_as(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features ``[batch, groups * rank, ...]`` to ``[batch, out_channels, ...]``."""
+        if self.dims == 0:
+            return F.linear(features, self.scaled_weight, self.bias)
+        return _CONVOLVE[self.dims](features, self.scaled_weight, self.bias, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in ``print(model)``."""
+        return f"rank={self.weight.shape[1]}, out_channels={self.weight.shape[0]}, groups={self.groups}"
+
+
+class BasisPair(nn.Module):
+    """Stands in the place of one convolution or linear layer: ``scaling(basis(x))``.
+
+    Its state dict has the keys ``basis.weight``, ``scaling.weight``, ``scaling.delta``, ``scaling.bias`` and
+    ``scaling.sigma``. Loading a state dict of another rank, smaller or larger, resizes the pair.
+
+    Args:
+        layer: The layer to stand in for; only its geometry is read.
+        rank: Basis vectors per group; None for the full rank ``min(fan_in, out_per_group)``.
+    """
+
+    def __init__(self, layer: nn.Module, *, rank: int | None = None) -> None:
+        super().__init__()
+        weight = weight_of(layer)
+        self.groups = layer_groups(layer)
+        self.out_per_group = weight.shape[0] // self.groups
+        self.fan_in = weight[0].numel()
+        self.full_rank = min(self.fan_in, self.out_per_group)
+        self.had_bias = layer.bias is not None
+        self.original_type = type(layer)
+        for name in _GEOMETRY:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        rank = self.full_rank if rank is None else rank
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.basis = new_layer(layer, self.groups * rank, bias=False, **factory).requires_grad_(False)
+        self.scaling = BasisScalingConv(
+            weight.shape[0], rank, groups=self.groups, dims=spatial_dims(layer), **factory
+        )
+
+    @property
+    def rank(self) -> int:
+        """Basis vectors per group."""
+        return self.scaling.weight.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The scaling factors, ``[groups * rank]``."""
+        return self.scaling.scale
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias of the pair, ``[out_channels]``; zeros while the original had none and nothing was cut."""
+        return self.scaling.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The differentiable product ``V diag(s sigma) U^T`` in the original weight's shape, for code that reads it."""
+        coefficients = to_matrix(self.scaling.scaled_weight, self.groups)
+        basis = weight_of(self.basis)
+        product = coefficients @ to_matrix(basis, self.groups)
+        return product.reshape(-1, *basis.shape[1:])
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether the folded layer has a bias: the original had one, or a cut moved means into it."""
+        return self.had_bias or bool(self.scaling.bias.detach().any())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the pair; the same shapes as the original layer."""
+        outputs: Tensor = self.scaling(self.basis(inputs))
+        return outputs
+
+    def keep(self, indices: Tensor) -> None:
+        """Remove every basis but those named, keeping the identity of all parameters.
+
+        Args:
+            indices: Positions to keep among the ``groups * rank`` bases, ascending, as many in every group.
+        """
+        rank, groups, scaling = self.rank, self.groups, self.scaling
+        indices = indices.to(scaling.delta.device)
+        first = rank * torch.arange(groups, device=indices.device)[:, None]
+        if indices.numel() == 0 or indices.numel() % groups or (indices.diff() <= 0).any():
+            raise ValueError(f"`indices` must be ascending and keep at least one basis in each of the {groups} groups.")
+        local = indices.view(groups, -1) - first  # the positions inside each group
+        if (local < 0).any() or (local >= rank).any():
+            raise ValueError(f"`indices` must keep equally many of the {rank} bases in each of the {groups} groups.")
+        grouped = scaling.weight.data.view(groups, self.out_per_group, rank)
+        columns = local[:, None, :].expand(-1, self.out_per_group, -1)
+        kept = grouped.gather(2, columns).reshape(groups * self.out_per_group, -1, *(1,) * scaling.dims)
+        self._assign(weight_of(self.basis).data[indices], kept, scaling.delta.data[indices], scaling.sigma[indices])
+
+    def resize(self, rank: int) -> None:
+        """Allocate another rank, smaller or larger; the values are undefined until a state dict is loaded."""
+        if not 1 <= rank <= self.full_rank:
+            raise ValueError(f"a rank must be between 1 and the full rank {self.full_rank}, got {rank}.")
+        scaling, basis = self.scaling, weight_of(self.basis).data
+        total = self.groups * rank
+        self._assign(
+            basis.new_zeros(total, *basis.shape[1:]),
+            scaling.weight.data.new_zeros(scaling.weight.shape[0], rank, *scaling.weight.shape[2:]),
+            scaling.delta.data.new_zeros(total),
+            scaling.sigma.new_ones(total),
+        )
+
+    def _assign(self, basis: Tensor, weight: Tensor, delta: Tensor, sigma: Tensor) -> None:
+        targets = (weight_of(self.basis), self.scaling.weight, self.scaling.delta)
+        for target, value in zip(targets, (basis, weight, delta), strict=True):
+            _set_data(target, value.contiguous())
+        self.scaling.sigma = sigma.contiguous()
+        setattr(self.basis, _width(self.original_type), basis.shape[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Runs before the children load, so that a checkpoint of another rank fits without knowing any structure.
+        incoming = state_dict.get(f"{prefix}scaling.weight")
+        if isinstance(incoming, Tensor) and incoming.dim() == self.scaling.weight.dim():
+            rank = int(incoming.shape[1])
+            if rank != self.rank and 1 <= rank <= self.full_rank:
+                self.resize(rank)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Show the rank in ``print(model)``."""
+        return f"rank={self.rank}, full_rank={self.full_rank}"
+
+
+def named_pairs(model: nn.Module) -> dict[str, BasisPair]:
+    """All pairs of a model by dotted name, in module order; a shared pair once, under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BasisPair)}
+
+
+def _set_data(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter data of another shape, keeping its identity."""
+    parameter.grad = None
+    # A loss that the caller still holds keeps the parameter's gradient accumulator alive, which remembers the old shape
+    # and makes the next backward fail. Torch renews it on a change of dtype only, hence this step in between.
+    other = torch.float16 if value.dtype != torch.float16 else torch.float32
+    parameter.data = value.new_empty(0, dtype=other)
+    parameter.data = value

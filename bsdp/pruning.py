@@ -1,0 +1,81 @@
+"""Removing the bases that a plan does not keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.selection import PruningPlan
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    means: Mapping[str, Tensor] | None = None,
+    optimizers: Iterable[Optimizer] = (),
+) -> None:
+    """Remove, in place, every basis that the plan does not keep.
+
+    Parameters keep their identity, so an optimizer that holds them goes on; its per-element state (momentum) must be
+    cut as well, which happens for the optimizers given here.
+
+    Args:
+        model: A decomposed model.
+        plan: Made by `select` for this model's present ranks.
+        means: ``E[a]`` of the features per layer, ``[groups * rank]`` (see `FeatureStatistics`). When given, what the
+            removed bases contributed on average moves into the bias, so that the expected output stays.
+        optimizers: Optimizers to keep in step.
+
+    Raises:
+        ValueError: If the plan names unknown layers or was made for other ranks.
+    """
+    pairs = named_pairs(model)
+    for name, rank in plan.ranks_before.items():
+        if name not in pairs:
+            raise ValueError(f"`plan` names layer {name!r}, which the model does not have as a pair.")
+        if pairs[name].rank != rank:
+            raise ValueError(f"`plan` was made for rank {rank} of layer {name!r}, which has rank {pairs[name].rank} now.")
+    for name, keep in plan.keep.items():
+        pair = pairs[name]
+        if len(keep) == pair.groups * pair.rank:
+            continue
+        if means is not None and name in means:
+            pair.scaling.bias += mean_contribution(pair, means[name], keep)
+        pair.keep(keep)
+        for optimizer in optimizers:
+            slice_optimizer_state(optimizer, pair.scaling.delta, keep)
+
+
+def mean_contribution(pair: BasisPair, means: Tensor, keep: Tensor) -> Tensor:
+    """Expected output of the bases that are not kept, ``sum s_k sigma_k E[a_k] v_k``, as ``[out_channels]``."""
+    dropped = means.to(pair.scaling.delta, copy=True)
+    dropped[keep.to(dropped.device)] = 0
+    columns = pair.scaling.scaled_weight.view(pair.groups, pair.out_per_group, pair.rank)
+    return (columns @ dropped.view(pair.groups, pair.rank, 1)).flatten()
+
+
+def slice_optimizer_state(optimizer: Optimizer, parameter: nn.Parameter, keep: Tensor) -> None:
+    """Cut the per-element state (momentum, second moments) that an optimizer holds for a shrunk vector.
+
+    Args:
+        optimizer: Any optimizer; nothing happens when it holds no state for the parameter.
+        parameter: The vector, already shrunk.
+        keep: The positions kept, in the old vector.
+    """
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() == 1 and len(value) > len(parameter):
+            state[key] = value[keep.to(value.device)].clone()
+
+
+def drop_stale_optimizer_state(optimizer: Optimizer) -> None:
+    """Forget the state of parameters whose shape has changed since, so that their momentum starts anew."""
+    for parameter, state in list(optimizer.state.items()):
+        if any(isinstance(v, Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values()):
+            del optimizer.state[parameter]

@@ -1,0 +1,100 @@
+"""The history of one pruning run, as plain values that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bsdp.cost import LayerCost, ModelCost
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One structure the model had, round 0 being the unpruned decomposed model.
+
+    Attributes:
+        round: 0 for the unpruned model, then 1, 2, ...
+        epoch: First epoch that trained with this structure.
+        ranks: Rank per group and layer.
+        bases: Live bases of all layers.
+        params: Parameters of the whole folded model.
+        macs: Multiply-adds of the whole folded model for one example; None when not measured.
+        accuracy_before: The monitored value at the last validation before the cut; None for round 0.
+        accuracy_after: The monitored value at the first validation after the cut.
+        accuracy_best: Best monitored value of this structure.
+    """
+
+    round: int
+    epoch: int
+    ranks: dict[str, int]
+    bases: int
+    params: int
+    macs: int | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    accuracy_best: float | None = None
+
+
+@dataclass
+class PruningRecord:
+    """What a pruning run did so far; the pruning callback fills it, reports read it.
+
+    Attributes:
+        monitor: Name of the validation metric.
+        mode: ``"max"`` or ``"min"``.
+        target: Share to remove.
+        target_kind: ``"params"``, ``"macs"`` or ``"bases"``.
+        tolerance: Largest allowed fall of the metric below the reference; None for no limit.
+        network: Dotted name of the plain network inside the module ("" for the module itself); what is exported.
+        cost: Cost of the model as a function of its ranks.
+        input_shapes: Shapes of the network's inputs for one example, batch axis first; empty when never seen.
+        rounds: The structures in order.
+        reference: Best monitored value of the unpruned model in the warm-up.
+        chosen: Index in `rounds` of the structure the run ended with; None while it runs.
+        reference_state: State dict of the whole module at the reference; a callback state, not part of a report.
+    """
+
+    monitor: str = "val_accuracy"
+    mode: str = "max"
+    target: float = 0.0
+    target_kind: str = "params"
+    tolerance: float | None = None
+    network: str = ""
+    cost: ModelCost = field(default_factory=ModelCost)
+    input_shapes: list[list[int]] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    reference: float | None = None
+    chosen: int | None = None
+    reference_state: dict[str, Any] | None = None
+
+    def update_last(self, **changes: Any) -> None:
+        """Change fields of the newest round."""
+        self.rounds[-1] = replace(self.rounds[-1], **changes)
+
+    def kept(self, record: RoundRecord, kind: str) -> float | None:
+        """Share of the original params, macs or bases that a round keeps; None when not measured."""
+        value = getattr(record, kind)
+        return None if value is None else value / self.cost.original(kind)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        state = {key: value for key, value in vars(self).items() if key not in ("cost", "rounds")}
+        state["rounds"] = [asdict(r) for r in self.rounds]
+        state["cost"] = {
+            "layers": {name: asdict(layer) for name, layer in self.cost.layers.items()},
+            "fixed_params": self.cost.fixed_params,
+            "fixed_macs": self.cost.fixed_macs,
+            "new_bias": self.cost.new_bias,
+        }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for key, value in state.items():
+            if key not in ("cost", "rounds"):
+                setattr(self, key, value)
+        self.rounds = [RoundRecord(**r) for r in state["rounds"]]
+        cost = dict(state["cost"])
+        layers = {name: LayerCost(**layer) for name, layer in cost.pop("layers").items()}
+        self.cost = ModelCost(layers=layers, **cost)

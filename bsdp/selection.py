@@ -1,0 +1,194 @@
+"""Choosing which bases to remove: one global ranking, down to a share or a budget.
+
+The unit of removal is, in every layer, the i-th weakest basis of all its groups together, so that groups keep equal
+ranks. Costs follow the deployment rule of `bsdp.cost`: above a layer's break-even rank a removal saves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bsdp._checks import check_at_least, check_choice, check_share
+from bsdp.cost import COST_KINDS, LayerCost, ModelCost
+
+RANKINGS = ("importance", "per_cost", "hull")
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which bases stay.
+
+    Attributes:
+        keep: Per layer the positions to keep among its ``groups * rank`` bases, ascending.
+        ranks_before: Rank per group and layer when the plan was made.
+        ranks: Rank per group and layer after it.
+        reached: Whether the budget is met; False when the floor and the cap per round stood in the way.
+    """
+
+    keep: dict[str, Tensor]
+    ranks_before: dict[str, int]
+    ranks: dict[str, int]
+    reached: bool
+
+    @property
+    def removed(self) -> int:
+        """Units removed, a unit being one basis in each group of a layer."""
+        return sum(self.ranks_before.values()) - sum(self.ranks.values())
+
+
+@dataclass(frozen=True)
+class _Units:
+    """One layer's units, weakest first."""
+
+    name: str
+    cost: LayerCost
+    order: Tensor  # [groups, rank] positions inside the group, weakest first
+    importance: list[float]  # [rank], ascending
+    most: int  # how many may be removed
+
+    @property
+    def rank(self) -> int:
+        return len(self.importance)
+
+    def keep(self, removed: int) -> Tensor:
+        local = self.order[:, removed:].sort(1).values
+        return (local + self.rank * torch.arange(self.order.shape[0])[:, None]).flatten()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Removal of the next `count` units of a layer."""
+
+    value: float
+    layer: int
+    count: int
+
+
+def select(
+    importance: Mapping[str, Tensor],
+    cost: ModelCost,
+    *,
+    ratio: float | None = None,
+    budget: float | None = None,
+    kind: str = "params",
+    ranking: str = "importance",
+    min_rank: int = 1,
+    max_layer_ratio: float = 0.95,
+) -> PruningPlan:
+    """Plan the removal of the weakest bases of a model.
+
+    Args:
+        importance: Non-negative scores per layer, ``[groups * rank]``; higher = keep.
+        cost: The model's cost (see `measure_cost`).
+        ratio: Share of the units alive now to remove, in (0, 1). Give this or `budget`.
+        budget: Cost that may remain in the whole model, in units of `kind`. The plan removes no more than needed.
+        kind: What `budget` counts: ``"params"``, ``"macs"`` or ``"bases"``.
+        ranking: ``"importance"`` removes the least important first; ``"per_cost"`` the least important per unit of cost;
+            ``"hull"`` ranks segments of each layer's lower convex hull of (importance lost, cost saved), so that a
+            layer is only cut when the cut gets below its break-even rank.
+        min_rank: Rank per group that every layer keeps at least.
+        max_layer_ratio: Largest share of a layer's rank that one plan may remove.
+
+    Returns:
+        The plan. Layers that lose nothing are in it with their full `keep`.
+
+    Raises:
+        ValueError: If an argument is not allowed or scores are negative, NaN or infinite.
+    """
+    check_choice("kind", kind, COST_KINDS)
+    check_choice("ranking", ranking, RANKINGS)
+    check_at_least("min_rank", min_rank, 1)
+    check_share("max_layer_ratio", max_layer_ratio)
+    if (ratio is None) == (budget is None):
+        raise ValueError("give either `ratio` or `budget`.")
+    if ratio is not None:
+        check_share("ratio", ratio)
+    units = [
+        _units(name, scores.detach().cpu().double(), cost.layers[name], min_rank, max_layer_ratio)
+        for name, scores in importance.items()
+    ]
+    if ratio is not None:
+        kind, budget = "units", sum(u.rank for u in units) * (1.0 - ratio)
+        fixed = 0.0
+    else:
+        assert budget is not None
+        fixed = float(cost.fixed(kind))
+    tables = [_cost_table(unit, kind, cost.new_bias) for unit in units]
+    removed, reached = _remove(units, tables, ranking, budget - fixed)
+    return PruningPlan(
+        keep={u.name: u.keep(n) for u, n in zip(units, removed, strict=True)},
+        ranks_before={u.name: u.rank for u in units},
+        ranks={u.name: u.rank - n for u, n in zip(units, removed, strict=True)},
+        reached=reached,
+    )
+
+
+def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_ratio: float) -> _Units:
+    if not (scores.isfinite() & (scores >= 0)).all():
+        raise ValueError(f"`importance` of layer {name!r} must be finite and non-negative.")
+    ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
+    rank = ordered.values.shape[1]
+    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio)), 1)
+    return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), rank - floor)
+
+
+def _cost_table(unit: _Units, kind: str, new_bias: bool) -> list[float]:
+    """Deployed cost of a layer by rank, index 0 unused."""
+    if kind == "units":
+        return [float(rank) for rank in range(unit.rank + 1)]
+    return [float(unit.cost.deployed(max(rank, 1), kind=kind, new_bias=new_bias)) for rank in range(unit.rank + 1)]
+
+
+def _remove(
+    units: list[_Units], tables: list[list[float]], ranking: str, budget: float
+) -> tuple[list[int], bool]:
+    removed = [0] * len(units)
+    total = sum(table[unit.rank] for unit, table in zip(units, tables, strict=True))
+    steps: list[_Step] = []
+    for i, (unit, table) in enumerate(zip(units, tables, strict=True)):
+        steps += _hull_steps(i, unit, table) if ranking == "hull" else _single_steps(i, unit, ranking, table)
+    # Python's sort is stable, so a layer's own units stay in their order and ties do not depend on the platform.
+    for step in sorted(steps, key=lambda s: s.value):
+        if total <= budget:
+            break
+        unit, table = units[step.layer], tables[step.layer]
+        rank = unit.rank - removed[step.layer]
+        removed[step.layer] += step.count
+        total += table[rank - step.count] - table[rank]
+    return removed, total <= budget
+
+
+def _single_steps(layer: int, unit: _Units, ranking: str, table: list[float]) -> Iterator[_Step]:
+    divisor = 1.0
+    if ranking == "per_cost":
+        # The slope below break-even; with a budget in units every unit costs 1.
+        divisor = max(table[2] - table[1], 1e-30) if unit.rank > 1 else 1.0
+    for value in unit.importance[: unit.most]:
+        yield _Step(value / divisor, layer, 1)
+
+
+def _hull_steps(layer: int, unit: _Units, table: list[float]) -> Iterator[_Step]:
+    """Segments of the lower convex hull of (cost saved, importance lost), by rising slope."""
+    lost = [0.0]
+    for value in unit.importance[: unit.most]:
+        lost.append(lost[-1] + value)
+    saved = [table[unit.rank] - table[unit.rank - k] for k in range(unit.most + 1)]
+    hull = [0]
+    for k in range(1, unit.most + 1):
+        if saved[k] <= saved[hull[-1]] and len(hull) == 1:
+            continue  # still above break-even: nothing saved
+        while len(hull) > 1 and _slope(saved, lost, hull[-2], hull[-1]) >= _slope(saved, lost, hull[-2], k):
+            hull.pop()
+        hull.append(k)
+    for start, end in zip(hull, hull[1:], strict=False):
+        yield _Step(_slope(saved, lost, start, end), layer, end - start)
+
+
+def _slope(saved: list[float], lost: list[float], start: int, end: int) -> float:
+    gain = saved[end] - saved[start]
+    return (lost[end] - lost[start]) / gain if gain > 0 else math.inf

@@ -1,0 +1,265 @@
+"""Parameters, multiply-adds and latency of a model, and what its pairs contribute."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp._checks import check_at_least
+from bsdp.cost import LayerCost, ModelCost, layer_cost
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
+from bsdp.probing import as_inputs, evaluating, probe
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: Dotted name.
+        kind: How it is deployed: ``"pair"``, ``"fused"`` or ``"plain"`` (never decomposed).
+        rank: Basis vectors per group; the full rank of a plain layer.
+        full_rank: Largest rank per group.
+        break_even_rank: Rank at which pair and fused layer cost the same.
+        params: Parameters as deployed, bias included.
+        params_original: Parameters of the original layer, bias included.
+        macs: Multiply-adds per example as deployed; None without an example input.
+        macs_original: Multiply-adds of the original layer.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    full_rank: int
+    break_even_rank: float
+    params: int
+    params_original: int
+    macs: int | None
+    macs_original: int | None
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """A model and its layers; the denominators are the original, undecomposed model with its head.
+
+    Attributes:
+        params: Parameters of the folded model: head, biases and batch norms count, buffers do not.
+        params_original: Parameters of the original model.
+        macs: Multiply-adds of the folded model for one example, as fvcore counts them (one multiply-add is one).
+        macs_original: Multiply-adds of the original model.
+        layers: One entry per convolution and linear layer.
+    """
+
+    params: int
+    params_original: int
+    macs: int | None
+    macs_original: int | None
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def params_kept(self) -> float:
+        """Share of the parameters kept."""
+        return self.params / max(self.params_original, 1)
+
+    @property
+    def macs_kept(self) -> float | None:
+        """Share of the multiply-adds kept."""
+        return None if self.macs is None or not self.macs_original else self.macs / self.macs_original
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="Layers (MACs are fvcore's multiply-adds for one example)")
+        table.add_column("layer", overflow="fold")
+        for column in ("form", "rank", "full", "break-even", "params", "kept", "MACs", "kept"):
+            table.add_column(column, justify="right")
+        for s in self.layers:
+            macs_kept = "-" if s.macs is None or not s.macs_original else f"{s.macs / s.macs_original:.1%}"
+            table.add_row(
+                *(s.name, s.kind, str(s.rank), str(s.full_rank), f"{s.break_even_rank:.1f}", f"{s.params:,}"),
+                *(f"{s.params / s.params_original:.1%}", "-" if s.macs is None else f"{s.macs:,}", macs_kept),
+            )
+        console = Console(width=110, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+            console.print(
+                f"whole model, head included: {self.params:,} of {self.params_original:,} parameters "
+                f"({self.params_kept:.1%} kept)"
+            )
+            if self.macs is not None and self.macs_kept is not None:
+                console.print(f"{self.macs:,} of {self.macs_original:,} MACs ({self.macs_kept:.1%} kept)")
+        return capture.get().rstrip()
+
+
+def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> int:
+    """Multiply-adds of one forward pass in eval mode, by fvcore's `FlopCountAnalysis` (batch size 1 for one example).
+
+    Scaled-dot-product attention, which fvcore does not know, is counted as its two matrix products.
+    """
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fvcore leans on torch.jit, which warns of its deprecation, also on import
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(model, as_inputs(example_input))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        return int(analysis.total())
+
+
+def measure_cost(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    new_bias: bool = True,
+) -> ModelCost:
+    """Measure what a decomposed model costs as a function of its ranks.
+
+    Args:
+        model: A decomposed model.
+        example_input: One example, batch size 1. None leaves MACs unmeasured.
+        new_bias: Whether `prune` will be given means, which turn into biases that count as parameters.
+    """
+    pairs = named_pairs(model)
+    inside = {id(p) for pair in pairs.values() for p in pair.parameters()}
+    fixed_params = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    if example_input is None:
+        return ModelCost({n: layer_cost(p) for n, p in pairs.items()}, fixed_params, None, new_bias)
+    positions = output_positions(model, pairs, example_input)
+    layers = {name: layer_cost(pair, positions=positions[name]) for name, pair in pairs.items()}
+    inner = sum(layers[name].per_rank * pair.rank * positions[name] for name, pair in pairs.items())
+    return ModelCost(layers, fixed_params, count_macs(model, example_input) - inner, new_bias)
+
+
+def output_positions(
+    model: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | tuple[Tensor, ...]
+) -> dict[str, int]:
+    """Output positions per example of each layer, summed over its calls; 0 for a layer that is not called."""
+    positions = dict.fromkeys(layers, 0)
+    names = {layer: name for name, layer in layers.items()}
+    inputs = as_inputs(example_input)
+    batch = next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), 1)
+
+    def observe(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        channels = layer_cost(layer).out_channels if isinstance(layer, BasisPair) else layer.weight.shape[0]  # type: ignore[union-attr, operator, index]
+        positions[names[layer]] += output.numel() // (channels * batch)  # type: ignore[operator]
+
+    with probe(model, layers.values(), observe):
+        model(*inputs)
+    return positions
+
+
+def describe(model: nn.Module, example_input: Tensor | tuple[Tensor, ...] | None = None) -> ModelStats:
+    """Describe a decomposed, pruned or plain model as it would be deployed; prints as a table.
+
+    Args:
+        model: Any model. A folded one counts as plain: describe the decomposed model to see its ranks.
+        example_input: Input (or tuple of inputs) of the model with batch size 1, for the MACs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> _ = bsdp.decompose(model, include=["2"])
+        >>> bsdp.describe(model, torch.zeros(1, 3, 8, 8)).layers[1].break_even_rank
+        57.6
+    """
+    layers = _described_layers(model)
+    positions = None if example_input is None else output_positions(model, layers, example_input)
+    cost = measure_cost(model, example_input)
+    rows = []
+    for name, layer in layers.items():
+        seen = None if positions is None else positions[name]
+        rows.append(_layer_stats(name, layer, seen))
+    pairs = named_pairs(model)
+    params = cost.fixed_params + sum(row.params for row in rows if row.name in pairs)
+    macs = None
+    if cost.fixed_macs is not None:
+        macs = cost.fixed_macs + sum(row.macs or 0 for row in rows if row.name in pairs)
+    return ModelStats(
+        params=params,
+        params_original=cost.original("params"),
+        macs=macs,
+        macs_original=None if cost.fixed_macs is None else cost.original("macs"),
+        layers=tuple(rows),
+    )
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+) -> dict[str, float]:
+    """Median time of one forward pass per model, measured in turn so that all see the same machine.
+
+    Args:
+        models: Models by name, on the device of the input.
+        example_input: Input (or tuple of inputs); its batch size is the one that is timed.
+        repeats: Timed passes per model.
+        warmup: Passes before them.
+
+    Returns:
+        Milliseconds per name, in eval mode with the threads that torch is set to.
+    """
+    check_at_least("repeats", repeats, 1)
+    check_at_least("warmup", warmup, 0)
+    inputs = as_inputs(example_input)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    cuda = any(isinstance(t, Tensor) and t.is_cuda for t in inputs)
+    with torch.inference_mode():
+        for model in models.values():
+            model.eval()
+        for i in range(warmup + repeats):
+            for name, model in models.items():
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                model(*inputs)
+                if cuda:
+                    torch.cuda.synchronize()
+                if i >= warmup:
+                    times[name].append(1000.0 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _described_layers(model: nn.Module) -> dict[str, nn.Module]:
+    inside = {child for pair in named_pairs(model).values() for child in pair.modules() if child is not pair}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (BasisPair, *SUPPORTED_TYPES)) and module not in inside
+    }
+
+
+def _layer_stats(name: str, layer: nn.Module, positions: int | None) -> LayerStats:
+    plain = not isinstance(layer, BasisPair)
+    pair = BasisPair(layer, rank=1) if plain else layer
+    assert isinstance(pair, BasisPair)
+    cost: LayerCost = layer_cost(pair, positions=positions)
+    rank = cost.full_rank if plain else pair.rank
+    bias = cost.out_channels if pair.had_bias else 0
+    weights = cost.fused if plain else min(cost.fused, rank * cost.per_rank)
+    return LayerStats(
+        name=name,
+        kind="plain" if plain else cost.kind(rank),
+        rank=rank,
+        full_rank=cost.full_rank,
+        break_even_rank=cost.break_even_rank,
+        params=weights + (bias if plain or not pair.needs_bias else cost.out_channels),
+        params_original=cost.fused + bias,
+        macs=None if positions is None else weights * positions,
+        macs_original=None if positions is None else cost.fused * positions,
+    )
+
+
+def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
+    query, key, value = (i.type().sizes() for i in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])

@@ -1,0 +1,58 @@
+"""Measuring the network inside a LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from bsdp.cost import ModelCost
+from bsdp.probing import as_inputs, evaluating
+from bsdp.stats import measure_cost
+
+
+def only_network(pl_module: LightningModule) -> str:
+    """Name of the one child that has parameters; "" when the parameters are spread over the module."""
+    own = list(pl_module.parameters(recurse=False))
+    children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
+    return children[0] if len(children) == 1 and not own else ""
+
+
+def measure_module_cost(
+    pl_module: LightningModule, network: str, example: Any, *, new_bias: bool
+) -> tuple[ModelCost, list[list[int]]]:
+    """Measure the cost of a module's network on one example of the module's own input.
+
+    Args:
+        pl_module: The module; its ``forward`` is run once to see what reaches the network.
+        network: From `only_network`.
+        example: Input of ``forward``: a tensor, a tuple of arguments or a dict of keyword arguments.
+        new_bias: See `measure_cost`.
+
+    Returns:
+        The cost, and the shapes of the network's inputs.
+    """
+    part: nn.Module = pl_module.get_submodule(network) if network else pl_module
+    parameter = next(part.parameters())
+    seen: list[tuple[Any, ...]] = []
+    handle = part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    try:
+        with evaluating(pl_module):
+            if isinstance(example, dict):
+                pl_module(**{k: _move(v, parameter) for k, v in example.items()})
+            else:
+                pl_module(*(_move(value, parameter) for value in as_inputs(example)))
+    finally:
+        handle.remove()
+    if not seen or not all(isinstance(value, Tensor) for value in seen[0]):
+        raise ValueError("the network was not called with tensors")
+    inputs = tuple(torch.zeros_like(value[:1]) for value in seen[0])
+    return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
+
+
+def _move(value: Any, like: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)

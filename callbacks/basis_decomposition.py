@@ -1,0 +1,163 @@
+"""`BasisDecomposition`: split the layers of any LightningModule into basis and scaling layers before training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from bsdp._checks import check_choice, check_patterns, matches
+from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
+from bsdp.decompose import Decomposition, decompose, find_head
+from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
+from bsdp.layers import named_pairs
+from bsdp.optimizers import adopt_parameters
+from bsdp.structure import structure_of
+
+
+class BasisDecomposition(Callback):
+    """Decompose a module by SVD as `fit` starts, so that only one scaling factor per basis and the head train.
+
+    Every convolution and linear layer that is worth it becomes a pair of layers with the same function (see
+    `bsdp.decompose`); the module does not need to know. Pruning them is the job of `IterativeBasisPruning`. Checkpoints
+    carry the structure under the key ``bsdp``.
+
+    Args:
+        backbone: Dotted name of the submodule to decompose and freeze, for example ``model.features``; everything
+            outside of it trains as it is. Default: the whole module but its last convolution or linear layer, the head.
+        trainable: Name patterns of modules that stay trainable although they are in the backbone.
+        include: Name patterns of the layers to decompose, relative to `backbone`. Default: all.
+        exclude: Name patterns of layers not to decompose, relative to `backbone`.
+        metric: How bases are chosen; ``euclidean`` is the SVD with orthonormal bases.
+        batch_norm: What trains of the batch norms: ``frozen`` (nothing), ``stats`` (running statistics only),
+            ``affine`` (weight and bias only), ``all``.
+        train_bias: Whether the biases of decomposed layers train.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str | None = None,
+        trainable: list[str] | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        metric: Literal["euclidean"] = "euclidean",
+        batch_norm: Literal["frozen", "stats", "affine", "all"] = "frozen",
+        train_bias: bool = False,
+    ) -> None:
+        check_choice("metric", metric, ("euclidean",))
+        check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
+        self.backbone = backbone
+        self.trainable = trainable
+        self.include = include
+        self.exclude = exclude
+        self.metric = metric
+        self.batch_norm = batch_norm
+        self.train_bias = train_bias
+        self.decomposition: Decomposition | None = None
+        self._fixed_batch_norms: list[nn.Module] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Swap and freeze, before optimizers and DDP exist."""
+        refuse_unsupported(trainer, self)
+        if not _has_layers(pl_module):
+            pl_module.configure_model()
+        target = self._target(pl_module)
+        if not _has_layers(target):
+            raise ValueError(
+                "`BasisDecomposition` found no convolution or linear layer in "
+                f"{self.backbone or type(pl_module).__name__}: build the network in `__init__` or `configure_model` of "
+                "the LightningModule, not in `setup`, which runs after the callbacks' own."
+            )
+        head = find_head(pl_module)
+        if not named_pairs(target):
+            include = self.include if self.include is not None or self.backbone is None else ["*"]
+            self.decomposition = decompose(target, metric=self.metric, include=include, exclude=self.exclude)
+            if not self.decomposition.replaced:
+                raise ValueError(f"`BasisDecomposition` could decompose no layer. {self.decomposition}")
+        self._freeze(pl_module, target, head)
+        if stage == "fit":
+            self._report(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that every scaling factor is in an optimizer, also one that was built before `setup`."""
+        refuse_optimizers(trainer.optimizers)
+        homeless = adopt_parameters(trainer.optimizers, self._successors(), pl_module)
+        held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        missing = [n for n, p in named_pairs(pl_module).items() if id(p.scaling.delta) not in held]
+        if homeless or missing:
+            raise ValueError(
+                f"no optimizer holds the scaling factors of {max(len(missing), len(homeless))} layers (first: "
+                f"{missing[0] if missing else 'unknown'!r}), and none held the weights they replaced, so nothing there "
+                "would train. Give the optimizer all parameters (`self.parameters()`, or those with `requires_grad`) "
+                "in `configure_optimizers`, or name the part to decompose with `backbone`."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
+        for module in self._fixed_batch_norms:
+            if module.training:
+                module.eval()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the structure, from which a module is rebuilt before its weights load."""
+        checkpoint["bsdp"] = structure_of(pl_module)
+
+    def _target(self, pl_module: LightningModule) -> nn.Module:
+        if self.backbone is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.backbone)
+        except AttributeError as error:
+            children = [name for name, _ in pl_module.named_children()]
+            raise ValueError(
+                f"`backbone={self.backbone!r}` is no submodule of {type(pl_module).__name__}; its children are {children}."
+            ) from error
+
+    def _freeze(self, pl_module: LightningModule, target: nn.Module, head: str | None) -> None:
+        names = [name for name, _ in pl_module.named_modules() if name]
+        check_patterns("trainable", self.trainable, names)
+        patterns = list(self.trainable or [])
+        if self.backbone is None and self.include is None and head is not None:
+            patterns.append(head)
+        prefix = f"{self.backbone}." if self.backbone else ""
+        kept = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and matches(n, patterns)]
+        freeze(target, trainable=kept, batch_norm=self.batch_norm, train_bias=self.train_bias)
+        self._fixed_batch_norms = fixed_batch_norms(target, trainable=kept, batch_norm=self.batch_norm)
+        if not any(p.requires_grad for p in pl_module.parameters()):
+            raise ValueError("nothing is trainable after decomposing; check `include`, `exclude` and `trainable`.")
+
+    def _successors(self) -> list[tuple[Tensor, nn.Parameter]]:
+        if self.decomposition is None:
+            return []
+        successors: list[tuple[Tensor, nn.Parameter]] = []
+        for old, pair in self.decomposition.replaced.values():
+            assert isinstance(old.weight, Tensor)
+            successors.append((old.weight, pair.scaling.delta))
+            successors.append((old.weight, pair.scaling.bias))
+        return successors
+
+    def _report(self, pl_module: LightningModule) -> None:
+        parameters = list(pl_module.parameters())
+        scales = sum(p.scaling.delta.numel() for p in named_pairs(pl_module).values())
+        trains = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        done = self.decomposition or Decomposition({}, {})
+        rank_zero_info(
+            f"bsdp: {len(named_pairs(pl_module))} layers decomposed; {trains:,} parameters train ({scales:,} of them scaling "
+            f"factors, the rest head and what `trainable`, `batch_norm` and `train_bias` ask for), {frozen:,} are frozen"
+        )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in done.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rank_zero_info(f"bsdp: left as it is: {shown}: {reason}")
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return find_head(module) is not None
+
+

@@ -1,0 +1,422 @@
+"""`IterativeBasisPruning`: remove the weakest bases round by round while any LightningModule trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import bsdp
+from bsdp._checks import check_at_least
+from bsdp.callbacks._measuring import measure_module_cost, only_network
+from bsdp.callbacks._run_folder import run_folder, unused_path
+from bsdp.callbacks._trainer_checks import holds, refuse_unsupported
+from bsdp.layers import named_pairs
+from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
+from bsdp.pruning import drop_stale_optimizer_state
+from bsdp.record import PruningRecord
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken
+
+
+class IterativeBasisPruning(Callback):
+    """Prune a decomposed module (see `BasisDecomposition`) while it trains, down to a budget or a tolerance.
+
+    Scores of the scaling factors are accumulated once per optimizer step. At the start of an epoch the weakest bases of
+    the whole model are removed, then the rest trains on. Pruning ends at the budget, or when the monitored value stays
+    more than `tolerance` below the best value of the warm-up. The module then holds, and ``pruned.ckpt`` and
+    ``pruned.safetensors`` in the run folder contain, the smallest model that met the tolerance.
+
+    Logged at every epoch:
+
+    ============================ ===================================================================
+    ``bsdp/round``               cuts made so far
+    ``bsdp/bases``               live bases
+    ``bsdp/params``              parameters of the folded network, head included
+    ``bsdp/macs``                multiply-adds of the folded network for one example
+    ``bsdp/bases_kept``, ...     the same as shares of the original (``params_kept``, ``macs_kept``)
+    ``bsdp/rank/<layer>``        rank per group of each layer
+    ``bsdp/accuracy_before``     monitored value at the last validation before a cut
+    ``bsdp/accuracy_after``      monitored value at the first validation after it
+    ============================ ===================================================================
+
+    Args:
+        target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
+        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``bases``.
+        rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs`.
+        schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left) or
+            ``constant`` (the same share of the original).
+        warmup_epochs: Epochs before the first cut; they give the reference value.
+        epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
+        importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``energy`` or ``magnitude``.
+        ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of cost,
+            ``hull`` cuts a layer only where it gets below its break-even rank.
+        tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
+            null: prune to the budget whatever happens.
+        monitor: Name of the logged validation metric.
+        mode: ``max`` if a higher value is better, else ``min``.
+        patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        mean_to_bias: Move the mean output of removed bases into biases.
+        min_rank: Rank that every layer keeps at least.
+        max_layer_ratio: Largest share of a layer's rank that one round may remove.
+        restore_best: End with the smallest model that met the tolerance; false: with the last one.
+        save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: float = 0.7,
+        target_kind: Literal["params", "macs", "bases"] = "params",
+        rounds: int | None = None,
+        schedule: Literal["geometric", "cubic", "constant"] = "cubic",
+        warmup_epochs: int = 1,
+        epochs_per_round: int = 1,
+        importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square",
+        ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
+        tolerance: float | None = 0.01,
+        monitor: str = "val_accuracy",
+        mode: Literal["max", "min"] = "max",
+        patience_rounds: int = 1,
+        mean_to_bias: bool = True,
+        min_rank: int = 1,
+        max_layer_ratio: float = 0.95,
+        restore_best: bool = True,
+        save_pruned: bool = True,
+    ) -> None:
+        if rounds is not None:
+            check_at_least("rounds", rounds, 1)
+        self.settings = PruningSettings(
+            target=target,
+            target_kind=target_kind,
+            rounds=rounds or 1,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            epochs_per_round=epochs_per_round,
+            importance=importance,
+            ranking=ranking,
+            tolerance=tolerance,
+            mode=mode,
+            patience_rounds=patience_rounds,
+            mean_to_bias=mean_to_bias,
+            min_rank=min_rank,
+            max_layer_ratio=max_layer_ratio,
+        )
+        self.rounds = rounds
+        self.monitor = monitor
+        self.restore_best = restore_best
+        self.save_pruned = save_pruned
+        self.pruner: IterativePruner | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._handles: list[Any] = []
+        self._batches = 1
+
+    @property
+    def record(self) -> PruningRecord:
+        """What happened so far; empty before `fit`."""
+        return PruningRecord() if self.pruner is None else self.pruner.record
+
+    # --- set-up -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything runs."""
+        if stage != "fit":
+            return
+        refuse_unsupported(trainer, self)
+        if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
+            raise ValueError(
+                "`IterativeBasisPruning(tolerance=...)` needs validation metrics, which `Trainer(barebones=True)` does not "
+                "give. Set `tolerance: null` to prune to the budget alone, or leave `barebones` out."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the pruner on the decomposed module; check what can be checked without data."""
+        self.pruner = None
+        network = only_network(pl_module)
+        if not named_pairs(pl_module):
+            raise ValueError(
+                "`IterativeBasisPruning` found no decomposed layer: add `bsdp.callbacks.BasisDecomposition()` to the "
+                "trainer's callbacks, too."
+            )
+        part = pl_module.get_submodule(network) if network else pl_module
+        new_bias = self.settings.mean_to_bias
+        cost, shapes = bsdp.measure_cost(part, new_bias=new_bias), []
+        if pl_module.example_input_array is not None:
+            cost, shapes = measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
+        self.pruner = IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
+        self.record.input_shapes = shapes
+        if self._loaded is not None:
+            self.pruner.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The sanity check already shows whether the monitored metric is logged at all."""
+        if self.settings.tolerance is not None:
+            self._monitored(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the rounds into the epochs and check the optimizers, before the first step."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        validates = trainer.enable_validation and any(n > 0 for n in trainer.num_val_batches)
+        if self.settings.tolerance is not None and not validates:
+            raise ValueError(
+                f"`IterativeBasisPruning(tolerance={self.settings.tolerance})` needs a validation loader that logs "
+                f"{self.monitor!r}. Give one, or set `tolerance: null` to prune to the budget alone."
+            )
+        pruner.settings = self._scheduled_settings(trainer)
+        delta = next(iter(pruner.pairs.values())).scaling.delta
+        if pruner.scores.needs_gradients and not any(holds(o, delta) for o in trainer.optimizers):
+            raise ValueError(
+                "no optimizer holds the scaling factors, so there is nothing to score: give `configure_optimizers` all "
+                "parameters of the module."
+            )
+
+    def _scheduled_settings(self, trainer: Trainer) -> PruningSettings:
+        """The settings with `rounds` filled in from the trainer's epochs."""
+        settings = self.settings
+        epochs = _planned_epochs(trainer)
+        rounds = self.rounds
+        if rounds is None:
+            if epochs is None:
+                raise ValueError("`rounds` must be given when the trainer has neither `max_epochs` nor `max_steps`.")
+            rounds = default_rounds(
+                epochs=epochs, warmup_epochs=settings.warmup_epochs, epochs_per_round=settings.epochs_per_round
+            )
+        needed = settings.warmup_epochs + max(rounds, 1) * settings.epochs_per_round
+        if epochs is not None and needed > epochs:
+            raise ValueError(
+                f"the pruning schedule needs {needed} epochs (`warmup_epochs={settings.warmup_epochs}` + "
+                f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops after "
+                f"{epochs}: raise `max_epochs` or lower one of them."
+            )
+        return PruningSettings(**{**vars(settings), "rounds": rounds})
+
+    # --- one epoch ----------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the cut that is due, so that no checkpoint carries a new structure under an old metric."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._cut_if_due(trainer, pl_module)
+        self._pruner().start_epoch()
+        self._log_structure(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure MACs on the first batch, and watch the features on some batches."""
+        pruner = self._pruner()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.record.cost.fixed_macs is None and not self.record.input_shapes:
+            self._measure(trainer, pl_module, batch)
+        self._cut_if_due(trainer, pl_module)  # a run resumed at an epoch's end skips `on_train_epoch_start`
+        self._detach()
+        stride = max(1, int(trainer.num_training_batches) // _FEATURE_BATCHES) if trainer.num_training_batches != math.inf else 50
+        if (self.settings.mean_to_bias or self.settings.importance == "energy") and batch_idx % stride == 0:
+            self._handles = pruner.statistics.attach()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Score the gradients, which here are unscaled and not yet clipped."""
+        pruner = self._pruner()
+        if holds(optimizer, next(iter(pruner.pairs.values())).scaling.delta):
+            pruner.update()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop watching the features; validation must not count."""
+        self._detach()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the monitored value."""
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        value = self._monitored(trainer)
+        if value is None:
+            return
+        first = self.record.rounds[-1].accuracy_after is None
+        pruner.observe(value)
+        last = self.record.rounds[-1]
+        if first and last.round > 0:
+            values = {"bsdp/accuracy_after": value}
+            if last.accuracy_before is not None:
+                values["bsdp/accuracy_before"] = last.accuracy_before
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop when too many rounds ended below the tolerance."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        if not pruner.stopped and pruner.should_stop(trainer.current_epoch):
+            last = self.record.rounds[-1]
+            rank_zero_info(
+                f"bsdp: round {last.round} ended at {self.monitor}={last.accuracy_best:.4f}, more than the tolerance "
+                f"{self.settings.tolerance} from the reference {self.record.reference:.4f}: pruning stops"
+            )
+        if pruner.stopped:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the smallest tolerated model in the module and on disk."""
+        self._detach()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        if self.restore_best:
+            chosen = pruner.restore(optimizers=trainer.optimizers)
+        else:
+            pruner.finish()
+            chosen = self.record.rounds[-1]
+        for optimizer in trainer.optimizers:
+            drop_stale_optimizer_state(optimizer)
+        params = self.record.kept(chosen, "params")
+        assert params is not None
+        if chosen.round == 0 and len(self.record.rounds) > 1:
+            rank_zero_warn(
+                f"no pruned model was within `tolerance={self.settings.tolerance}` of the reference "
+                f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more rounds, "
+                "or allow a larger tolerance."
+            )
+        rank_zero_info(f"bsdp: finished with the model of round {chosen.round}: {params:.1%} of the parameters kept")
+        if self.save_pruned:
+            self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._detach()
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        if self.pruner is None:
+            return {}
+        state = self.pruner.state_dict()
+        if self.record.chosen is not None:
+            state["record"]["reference_state"] = None  # a finished run needs it no more
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until `on_fit_start`, when the pairs have their ranks."""
+        self._loaded = state_dict or None
+
+    # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _pruner(self) -> IterativePruner:
+        assert self.pruner is not None
+        return self.pruner
+
+    def _monitored(self, trainer: Trainer) -> float | None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            if self.settings.tolerance is None:
+                return None
+            logged = sorted(k for k in trainer.callback_metrics if not k.startswith("bsdp/"))
+            raise ValueError(
+                f"`IterativeBasisPruning(monitor={self.monitor!r})` is never logged in validation; logged are {logged}. "
+                "Name one of them (with the matching `mode`), log it in `validation_step`, or set `tolerance: null`."
+            )
+        return float(value)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
+        from bsdp.pruner import first_tensor
+
+        example = first_tensor(batch)
+        pruner, reason = self._pruner(), "the batch holds no floating-point tensor"
+        if example is not None:
+            try:
+                cost, self.record.input_shapes = measure_module_cost(
+                    pl_module, self.record.network, example[:1], new_bias=self.settings.mean_to_bias
+                )
+            except Exception as error:  # whatever the user's forward may raise on an input we guessed
+                reason = f"`forward` failed on the first tensor of a batch ({type(error).__name__}: {error})"
+            else:
+                pruner.set_cost(cost)
+                return
+        advice = "Set `example_input_array` in the LightningModule to one example."
+        if self.settings.target_kind == "macs":
+            raise ValueError(f"`target_kind: macs` needs the MACs of the network, but {reason}. {advice}")
+        rank_zero_warn(f"MACs are not reported: {reason}. {advice}")
+        self.record.input_shapes = [[0]]
+
+    def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = self._pruner()
+        if not pruner.cut_due(trainer.current_epoch):
+            return
+        if self.settings.target_kind == "macs" and self.record.cost.fixed_macs is None:
+            return  # only before the very first batch, which measures and comes back here
+        pruner.reduce(lambda tensor: _mean_over_processes(trainer, tensor))
+        if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
+            _rewrap(trainer)
+            last = self.record.rounds[-1]
+            kept = {kind: self.record.kept(last, kind) for kind in ("params", "macs")}
+            shown = ", ".join(f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None)
+            rank_zero_info(
+                f"bsdp: epoch {trainer.current_epoch}: round {last.round} of {pruner.settings.rounds} leaves {shown}, {last.bases} bases"
+            )
+
+    def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "barebones", False):
+            return
+        last = self.record.rounds[-1]
+        values: dict[str, float] = {"bsdp/round": float(last.round)}
+        for kind in ("bases", "params", "macs"):
+            value, kept = getattr(last, kind), self.record.kept(last, kind)
+            if value is not None and kept is not None:
+                values[f"bsdp/{kind}"], values[f"bsdp/{kind}_kept"] = float(value), kept
+        values.update({f"bsdp/rank/{name}": float(rank) for name, rank in last.ranks.items()})
+        pl_module.log_dict(values, on_step=False, on_epoch=True)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = run_folder(trainer)
+        checkpoint, weights = (unused_path(folder, f"pruned.{kind}", trainer=trainer) for kind in ("ckpt", "safetensors"))
+        trainer.save_checkpoint(checkpoint, weights_only=False)
+        if trainer.is_global_zero:
+            describe = getattr(pl_module, "export_metadata", None)
+            metadata = dict(describe()) if callable(describe) else {}
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            for key in ("class_names", "image_size"):
+                value = getattr(data, key, None)
+                if value is not None and key not in metadata:
+                    metadata[key] = list(value) if isinstance(value, tuple) else value
+            bsdp.save(self._pruner().network, weights, metadata=metadata)
+            rank_zero_info(f"bsdp: wrote {checkpoint.name} and {weights.name} to {folder}")
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _planned_epochs(trainer: Trainer) -> int | None:
+    """Epochs the trainer will run; None if it has no end."""
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs: int | None = trainer.max_epochs
+    else:
+        epochs = None
+    if trainer.max_steps is not None and trainer.max_steps >= 0 and trainer.num_training_batches != math.inf:
+        steps = max(1, math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches))
+        by_steps = trainer.max_steps // steps
+        epochs = by_steps if epochs is None else min(epochs, by_steps)
+    return epochs
+
+
+def _mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
+    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
+    return reduced if isinstance(reduced, Tensor) else tensor
+
+
+def _rewrap(trainer: Trainer) -> None:
+    """DDP keeps buckets in the old shapes: wrap anew after a cut."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy.lightning_module
+        trainer.strategy.configure_ddp()
+

@@ -1,0 +1,6 @@
+"""Train, validate, test or predict from the command line: the same as the console script `bsdp`."""
+
+from bsdp.cli import main
+
+if __name__ == "__main__":
+    main()
