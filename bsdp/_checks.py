@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import overload
 
 
 def check_choice(argument: str, value: str, allowed: Collection[str]) -> None:
@@ -35,17 +34,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
 
 
-@overload
-def check_patterns(argument: str, patterns: None, names: Collection[str]) -> None: ...
-@overload
-def check_patterns(argument: str, patterns: Iterable[str], names: Collection[str]) -> list[str]: ...
-def check_patterns(argument: str, patterns: Iterable[str] | None, names: Collection[str]) -> list[str] | None:
-    """Refuse a layer pattern that matches none of `names`; return the patterns as a list."""
+def check_patterns(argument: str, patterns: Iterable[str] | None, names: Collection[str]) -> list[str]:
+    """Refuse a layer pattern that matches none of `names`; return the patterns as a list, empty for None."""
     if isinstance(patterns, str):
         raise ValueError(f"`{argument}` must be a list of name patterns, got the single string {patterns!r}.")
-    if patterns is None:
-        return None
-    patterns = list(patterns)
+    patterns = list(patterns or ())
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3)

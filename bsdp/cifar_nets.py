@@ -106,7 +106,9 @@ def densenet_bc100(*, num_classes: int = 10) -> nn.Module:
     """Build DenseNet-BC of depth 100 and growth 12 for 32x32 images: torchvision's class with another stem."""
     from torchvision.models import DenseNet
 
-    network: nn.Module = DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=num_classes)
+    network: nn.Module = DenseNet(
+        growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=num_classes
+    )
     stem = nn.Conv2d(3, 24, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight)
     network.set_submodule("features.conv0", stem)

@@ -1,53 +1,202 @@
-"""The command line: `bsdp fit|validate|test|predict` and the other words."""
+"""The command line, ``bsdp`` or ``python train.py``: the first word chooses what is done."""
 
+import difflib
+import importlib
+import linecache
+import os
 import sys
-import time
-from typing import Any
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
-
-
-class EpochLines(Callback):
-    """Print one line per epoch: the progress display where standard output is a file."""
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = ", ".join(f"{key} {float(value):.4f}" for key, value in sorted(trainer.logged_metrics.items()))
-        seconds = time.monotonic() - self._start
-        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} ({seconds:.0f} s): {values}"
-        if trainer.is_global_zero:
-            print(line, flush=True)
-
-
-class BsdpCLI(LightningCLI):
-    """LightningCLI with a run folder and links between model and data."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="run", help="The run's folder is logs/<name>/version_N.")
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        normalization = getattr(self.model, "normalization", None)
-        if self.datamodule is not None and getattr(self.datamodule, "normalization", 0) is None:
-            self.datamodule.normalization = normalization
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        kwargs.setdefault("logger", CSVLogger("logs", name=self._get(self.config, "name")))
-        if not sys.stdout.isatty():
-            kwargs.setdefault("enable_progress_bar", False)
-        trainer = super().instantiate_trainer(**kwargs)
-        if not sys.stdout.isatty():
-            trainer.callbacks.insert(0, EpochLines())
-        return trainer
+TRAINER_WORDS = {
+    "fit": "train, and prune if a callback says so",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images",
+    "predict": "write the predicted classes of the test images",
+}
+CONFIGS = Path(__file__).parent / "configs"
+_NOISE = (
+    "Does not validate against any",
+    "Subtypes: ",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value type: ",
+    "Given value: Namespace",
+    "Given value: NestedArg",
+)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command line."""
-    BsdpCLI(
-        LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, args=args,
-        seed_everything_default=0, auto_configure_optimizers=True,
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line that is a plain function.
+
+    Args:
+        target: ``module:function``; its arguments become the options.
+        help: One line for the overview.
+    """
+
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Words after the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake of the user, which is explained on standard error.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    word = args[0] if args else "--help"
+    if word in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if args else 2
+    if word == "--version":
+        print(_versions())
+        return 0
+    try:
+        _run(word, args[1:])
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        text = None if os.environ.get("BSDP_DEBUG") else _message_for_users(error)
+        if text is None:
+            raise
+        print(f"bsdp {word}: error: {text} (BSDP_DEBUG=1 shows where this was raised.)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(word: str, rest: list[str]) -> None:
+    if word in TRAINER_WORDS:
+        from bsdp.trainer_cli import TransferCLI, silence_third_parties
+
+        with warnings.catch_warnings():
+            silence_third_parties(resume=word == "fit")
+            TransferCLI([word, *_with_run_config(_resolve_configs(rest))])
+    elif word in COMMANDS:
+        from jsonargparse import auto_cli
+
+        module, _, name = COMMANDS[word].target.partition(":")
+        result = auto_cli(getattr(importlib.import_module(module), name), args=rest, exit_on_error=False)
+        if result is not None:
+            print(result)
+    else:
+        words = [*TRAINER_WORDS, *COMMANDS]
+        near = difflib.get_close_matches(word, words, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown word {word!r}.{hint} The first word must be one of {', '.join(words)}; see --help.")
+
+
+def _overview() -> str:
+    lines = ["usage: bsdp WORD [options]", "", "Words:"]
+    lines += [f"  {word:<10} {text}" for word, text in TRAINER_WORDS.items()]
+    lines += [f"  {word:<10} {command.help}" for word, command in COMMANDS.items()]
+    lines += [
+        "",
+        "bsdp WORD --help shows the options of a word. Later YAML files win over earlier ones, options win over all:",
+        "  bsdp fit --config configs/base.yaml --config configs/data/cifar10.yaml --trainer.max_epochs 3",
+        "A --config that does not exist is looked up among the packaged ones: bsdp fit --config quickstart",
+        "  bsdp fit --config ... --ckpt_path last     continue the last run in its own folder",
+        "  bsdp test --ckpt_path RUN/pruned.ckpt      measure the pruned model of a run with the run's own settings",
+    ]
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("bsdp", "torch", "lightning"))
+
+
+def _resolve_configs(args: list[str]) -> list[str]:
+    """Point every ``--config`` that does not exist to the packaged file of that name."""
+    resolved = list(args)
+    for position, word in enumerate(args):
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals:
+            resolved[position] = f"{option}={_resolve_config(value)}"
+        elif position + 1 < len(args):
+            resolved[position + 1] = _resolve_config(args[position + 1])
+    return resolved
+
+
+def _resolve_config(value: str) -> str:
+    """Find a configuration file: as given, else below the packaged ``configs``, also by its bare name."""
+    if Path(value).expanduser().exists() or "\n" in value:
+        return value
+    name = value.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    packaged = sorted(CONFIGS.rglob("*.yaml"))
+    names = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in packaged}
+    if name in names:
+        return str(names[name])
+    bare = [path for path in packaged if path.stem == name]
+    if len(bare) == 1:
+        return str(bare[0])
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    which = f"names several packaged ones ({', '.join(k for k in names if k.endswith(name))})" if bare else "is no file"
+    raise FileNotFoundError(
+        f"`config`: {value!r} {which}. Give the path of a YAML file, or the name of a packaged one, for example "
+        f"{', '.join(near or list(names)[:3]) or 'none is packaged'}."
     )
+
+
+def _with_run_config(args: list[str]) -> list[str]:
+    """Without any ``--config``, take the one beside the checkpoint that is asked for."""
+    from bsdp.runs import CONFIG_FILE, find_checkpoint, run_folder_of
+
+    value = _option(args, "--ckpt_path")
+    if value in (None, "best", "hpc") or {"--config", "-c", "--help", "-h"} & {word.partition("=")[0] for word in args}:
+        return args
+    root = Path(_option(args, "--trainer.default_root_dir") or "logs")
+    folder = run_folder_of(find_checkpoint(value, root=root))
+    return args if folder is None else ["--config", str(folder / CONFIG_FILE), *args]
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """Read the value of an option before the options are parsed; None if it is not there."""
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == name:
+            return (value if equals else following) or None
+    return None
+
+
+def _message_for_users(error: BaseException) -> str | None:
+    """Give the text that explains a mistake of the user; None for a fault in the program, which needs its traceback.
+
+    The parser wraps what a constructor raises, so the chain of causes is followed to the first error that explains.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Exception) and _raised_on_purpose(cause):
+            return str(cause).strip() or type(cause).__name__
+        cause = cause.__cause__ or cause.__context__
+    if type(error).__name__ == "ArgumentError":
+        lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+        return " ".join(line for line in lines if line and not line.startswith(_NOISE)) + ". --help lists the options."
+    return str(error) if type(error).__name__ == "MisconfigurationException" else None
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Tell whether the innermost line of the traceback is a ``raise`` in this package or in the trainer."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or isinstance(error, AssertionError):
+        return False
+    file = Path(trace.tb_frame.f_code.co_filename).resolve()
+    folders = [(Path(__file__).parent / part).resolve() for part in (".", "callbacks", "datamodules")]
+    if "lightning" in sys.modules:
+        folders.append(Path(str(sys.modules["lightning"].__file__)).resolve().parent)
+    line = linecache.getline(str(file), trace.tb_lineno).strip()
+    return line.startswith("raise") and any(folder in file.parents for folder in folders)

@@ -76,7 +76,9 @@ class LayerCost:
         weights = min(self.fused, rank * self.per_rank)
         if kind == "macs":
             if self.positions is None:
-                raise ValueError("MACs need the output positions of the layers: measure the cost with an example input.")
+                raise ValueError(
+                    "MACs need the output positions of the layers: measure the cost with an example input."
+                )
             return weights * self.positions
         has_bias = self.bias or (new_bias and rank < self.full_rank)
         return weights + (self.out_channels if has_bias else 0)

@@ -57,8 +57,8 @@ def decompose(
 
     The outputs do not change: at full rank a pair computes the same function as its layer, for every stride, padding,
     padding mode, dilation and number of groups (Wong et al., arXiv 2108.02893). The factors are computed in float64.
-    Afterwards the basis filters, the 1x1 weights and the bias of each pair are frozen and only ``scaling.delta`` trains;
-    other parameters are left as they are (see `freeze`).
+    Afterwards the basis filters, the 1x1 weights and the bias of each pair are frozen and only ``scaling.delta``
+    trains; other parameters are left as they are (see `freeze`).
 
     Args:
         model: The model to change.
@@ -91,16 +91,16 @@ def decompose(
     inside_pairs = {child for pair in pairs for child in pair.modules()}
     layers = {m: n for m, n in layers.items() if m not in inside_pairs}
     all_names = [name for group in (*layers.values(), *pairs.values()) for name in group]
-    include = check_patterns("include", include, all_names)
-    exclude = check_patterns("exclude", exclude, all_names)
-    called = None if example_input is None else _called_modules(model, list(layers), example_input)
+    included = None if include is None else check_patterns("include", include, all_names)
+    excluded = check_patterns("exclude", exclude, all_names)
+    uncalled = _uncalled_layers(model, list(layers), example_input)
     owners = _parameter_owners(names)
     head = find_head(model)
 
     skipped: dict[str, str] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, layer_names in layers.items():
-        reason = _reason_to_skip(layer, layer_names, include, exclude, head, called, owners)
+        reason = _reason_to_skip(layer, layer_names, included, excluded, head, uncalled, owners)
         if reason is not None:
             skipped.update(dict.fromkeys(layer_names, reason))
             continue
@@ -135,13 +135,10 @@ def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tens
     check_choice("metric", metric, METRICS)
     pair = BasisPair(layer)
     factors = factorize(to_matrix(weight_of(layer).detach(), pair.groups), metric=metric, moment=moment)
-    basis, scaling = weight_of(pair.basis), pair.scaling
-    with torch.no_grad():
-        basis.copy_(factors.basis.reshape(basis.shape))
-        scaling.weight.copy_(factors.coefficients.reshape(scaling.weight.shape))
-        scaling.sigma.copy_(factors.sigma.flatten())
-        if isinstance(layer.bias, Tensor):
-            scaling.bias.copy_(layer.bias)
+    pair.set_factors(factors.basis, factors.coefficients, factors.sigma)
+    if isinstance(layer.bias, Tensor):
+        with torch.no_grad():
+            pair.scaling.bias.copy_(layer.bias)
     return pair.train(layer.training)
 
 
@@ -149,14 +146,14 @@ def _reason_to_skip(
     layer: nn.Module,
     names: list[str],
     include: list[str] | None,
-    exclude: list[str] | None,
+    exclude: list[str],
     head: str | None,
-    called: set[nn.Module] | None,
+    uncalled: Mapping[nn.Module, str],
     owners: Mapping[int, int],
 ) -> str | None:
     if include is not None and not any(matches(name, include) for name in names):
         return "not named in `include`"
-    if exclude is not None and any(matches(name, exclude) for name in names):
+    if any(matches(name, exclude) for name in names):
         return "named in `exclude`"
     if include is None and head in names:
         return "it is the head (the last layer of the model); name it in `include` to decompose it"
@@ -173,8 +170,8 @@ def _reason_to_skip(
         return "it has forward pre-hooks, which may change its weight or input (weight norm of the old style does)"
     if not isinstance(weight, nn.Parameter) or any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
         return "it shares a parameter with another module"
-    if called is not None and layer not in called:
-        return "it is never called on the example input"
+    if layer in uncalled:
+        return uncalled[layer]
     if weight[0].numel() == 1 or weight.shape[0] == layer_groups(layer):
         depthwise = layer_groups(layer) > 1 and weight.shape[1] == 1
         return "it is depthwise: every group already has rank 1" if depthwise else "its rank is already 1"
@@ -192,10 +189,18 @@ def _parameter_owners(names: Mapping[nn.Module, list[str]]) -> dict[int, int]:
     return owners
 
 
-def _called_modules(
-    model: nn.Module, layers: list[nn.Module], example_input: Tensor | tuple[Tensor, ...]
-) -> set[nn.Module]:
-    called: set[nn.Module] = set()
-    with probe(model, layers, lambda layer, _inputs, _output: called.add(layer)):
-        model(*as_inputs(example_input))
-    return called
+def _uncalled_layers(
+    model: nn.Module, layers: list[nn.Module], example_input: Tensor | tuple[Tensor, ...] | None
+) -> dict[nn.Module, str]:
+    """Layers that are not used through their forward, and why: a folded pair would not be found there."""
+    reasons: dict[nn.Module, str] = {}
+    if example_input is not None:
+        called: set[nn.Module] = set()
+        with probe(model, layers, lambda layer, _inputs, _output: called.add(layer)):
+            model(*as_inputs(example_input))
+        reasons.update({layer: "it is never called on the example input" for layer in layers if layer not in called})
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            reason = "nn.TransformerEncoderLayer reads its weight when it evaluates"
+            reasons.update(dict.fromkeys((module.linear1, module.linear2), reason))
+    return reasons

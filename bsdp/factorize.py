@@ -46,16 +46,25 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
         Factors in float64, on the matrix's device where that supports float64 and on the CPU otherwise.
 
     Raises:
-        ValueError: If the matrix or the moment holds NaN or infinity.
+        ValueError: If the matrix or the moment holds NaN or infinity, or the moment has another size.
     """
-    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    matrix = to_float64(matrix)
     if not matrix.isfinite().all():
         raise ValueError("its weight holds NaN or infinity; load sound weights before decomposing.")
     if metric == "euclidean":
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return Factors(basis=right, coefficients=left * sigma[:, None, :], sigma=sigma)
-    assert moment is not None
-    return _activation_factors(matrix, moment.to(matrix))
+    if moment is None:
+        raise ValueError(f"`metric={metric!r}` needs the second moment of its outputs.")
+    outputs = matrix.shape[0] * matrix.shape[1]
+    if moment.shape != (outputs, outputs):
+        raise ValueError(f"its output statistics must be {outputs} x {outputs}, got the shape {tuple(moment.shape)}.")
+    return _activation_factors(matrix, to_float64(moment).to(matrix.device))
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Bring a tensor to float64, on the CPU where its own device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _activation_factors(matrix: Tensor, moment: Tensor, *, ridge: float = 1e-4) -> Factors:
@@ -63,15 +72,21 @@ def _activation_factors(matrix: Tensor, moment: Tensor, *, ridge: float = 1e-4) 
     if not moment.isfinite().all():
         raise ValueError("its output statistics hold NaN or infinity; check the calibration data.")
     blocks = torch.stack([moment[g * out : (g + 1) * out, g * out : (g + 1) * out] for g in range(groups)])
+    # Outputs lie in the column space of the matrix. Working inside it keeps full rank exact when fan_in < out and the
+    # moment, often summed in float32, holds noise outside of it.
+    space = torch.linalg.qr(matrix).Q if fan_in < out else None
+    if space is not None:
+        blocks, matrix = space.mT @ blocks @ space, space.mT @ matrix
     gram = matrix @ matrix.mT
     # The ridge is an isotropic input moment of a share of the measured output power: it keeps directions that the
     # calibration data never excite in a sensible order, and every kept lambda away from zero.
     power = blocks.diagonal(dim1=1, dim2=2).sum(1) / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
     blocks = blocks + (ridge * power)[:, None, None] * gram
-    rank = min(out, fan_in)
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
-    values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+    values, vectors = values.flip(1), vectors.flip(2)
     sigma = values.clamp_min(0).sqrt()
     floor = sigma[:, :1] * 1e-7
     safe = torch.where(sigma > floor, sigma, torch.where(floor > 0, floor, torch.ones_like(floor)))
-    return Factors(basis=(vectors.mT @ matrix) / safe[:, :, None], coefficients=vectors * safe[:, None, :], sigma=safe)
+    basis = (vectors.mT @ matrix) / safe[:, :, None]
+    outward = vectors if space is None else space @ vectors
+    return Factors(basis=basis, coefficients=outward * safe[:, None, :], sigma=safe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bsdp.cost import layer_cost
 from bsdp.folding import fold_pair, unfold_into
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, layer_groups, to_matrix
+from bsdp.layers import SUPPORTED_TYPES, BasisPair
 from bsdp.surgery import module_names
 
 FORMAT_VERSION = 1
@@ -21,9 +23,9 @@ FORMAT_VERSION = 1
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write the folded form of a model to one safetensors file.
 
-    The file holds the tensors of ``bsdp.fold(model)`` and, as JSON in its metadata under ``"bsdp"``, the format version,
-    the layers' plan ``{name: {"kind": "pair" | "fused", "rank", "bias"}}`` and the caller's `metadata`. It is written
-    beside the target first and then moved, so that an interrupted write leaves an older file whole.
+    The file holds the tensors of ``bsdp.fold(model)`` and, as JSON in its metadata under ``"bsdp"``, the format
+    version, the layers' plan ``{name: {"kind": "pair" | "fused", "rank", "bias"}}`` and the caller's `metadata`. It is
+    written beside the target first and then moved, so that an interrupted write leaves an older file whole.
 
     Args:
         model: A decomposed model. The module itself is left alone.
@@ -32,15 +34,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: If the model is itself a pair, or `metadata` uses a name that the format needs.
+        TypeError: If `metadata` holds values that JSON cannot.
     """
     from safetensors.torch import save_file
 
+    reserved = sorted({"format_version", "layers"} & (metadata or {}).keys())
+    if reserved:
+        raise ValueError(f"`metadata` must not have the key {reserved[0]!r}, which the format uses itself.")
     tensors: dict[str, Tensor] = {}
     plan: dict[str, dict[str, Any]] = {}
-    folded: dict[nn.Module, nn.Module] = {}
     for module, names in module_names(model).items():
         if isinstance(module, BasisPair):
-            folded[module] = layer = fold_pair(module)
+            if module is model:
+                raise ValueError("`model` is a single pair: wrap it, for example in `torch.nn.Sequential(pair)`.")
+            layer = fold_pair(module)
             kind = "pair" if isinstance(layer, nn.Sequential) else "fused"
             entry = {"kind": kind, "rank": module.rank, "bias": module.needs_bias}
             plan.update({name: entry for name in names})
@@ -81,7 +91,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} was not written by `bsdp.save`: its metadata has no entry `bsdp`.")
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has metadata that is not JSON: {error}") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
@@ -128,26 +138,28 @@ def _check_plan(model: nn.Module, plan: object, tensors: Mapping[str, Tensor], p
         raise ValueError(f"{path} has no table `layers` in its metadata.")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, entry in plan.items():
-        module = modules.get(name)
+        module = modules.get(name) if name else None
         if module is None or type(module) not in SUPPORTED_TYPES:
             found = "no such layer" if module is None else f"a {type(module).__name__} there"
-            raise ValueError(f"{path} prunes layer {name!r}, but the model has {found}: pass the original architecture.")
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        full = min(to_matrix(weight, layer_groups(module)).shape[1:])
+            raise ValueError(
+                f"{path} prunes layer {name!r}, but the model has {found}: pass the original architecture."
+            )
+        full = layer_cost(module).full_rank
         ok = isinstance(entry, dict) and entry.get("kind") in ("pair", "fused") and isinstance(entry.get("bias"), bool)
         rank = entry.get("rank") if ok else None
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
-            raise ValueError(f"{path} has the plan {entry!r} for layer {name!r}; it needs a kind, a bias and a rank in 1..{full}.")
+            raise ValueError(
+                f"{path} has the plan {entry!r} for layer {name!r}; it needs a kind, a bias and a rank in 1..{full}."
+            )
     # Shapes are checked against a meta copy, so that a misfit leaves the model untouched.
-    with torch.device("meta"):
-        trial = _meta_copy(model)
-        unfold_into(trial, plan)
+    trial = _meta_copy(model)
+    unfold_into(trial, plan)
     expected = trial.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
-            f"{path} does not fit the model: it lacks {missing[:3]} and has unknown {extra[:3]}; pass the original architecture."
+            f"{path} does not fit the model: it lacks {missing[:3]} and has unknown {extra[:3]}; "
+            "pass the original architecture."
         )
     for key, value in tensors.items():
         if value.shape != expected[key].shape:
@@ -160,10 +172,8 @@ def _check_plan(model: nn.Module, plan: object, tensors: Mapping[str, Tensor], p
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    import copy
-
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)

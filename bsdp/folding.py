@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
-from bsdp.layers import BasisPair, named_pairs
+from bsdp.factorize import to_float64
+from bsdp.layers import BasisPair, named_pairs, new_layer, new_pointwise, to_matrix, weight_of
 from bsdp.surgery import replace_modules
 
 
@@ -16,8 +19,8 @@ def fold(model: nn.Module) -> nn.Module:
     """Copy a model with every pair replaced by the cheaper of two plain forms; the outputs are the same.
 
     Below its break-even rank a pair becomes ``nn.Sequential(basis, pointwise)`` with the scaling factors absorbed into
-    the 1x1 weights; otherwise one re-fused layer of the original kind. The given model is left alone. A pair followed
-    only by nothing that trains keeps no trace of ``bsdp``: the copy pickles, exports and runs without this package.
+    the 1x1 weights; otherwise one re-fused layer of the original kind. The given model is left alone. The copy has no
+    trace of ``bsdp``: it pickles, exports and runs without this package. Hooks on pairs stay behind.
 
     Args:
         model: A decomposed model; a model without pairs is simply copied.
@@ -25,28 +28,32 @@ def fold(model: nn.Module) -> nn.Module:
     Returns:
         The folded copy, in the same train or eval mode, all its parameters requiring gradients.
     """
-    if isinstance(model, BasisPair):
-        return fold_pair(model)
-    folded = {pair: fold_pair(pair) for pair in named_pairs(model).values()}
     # deepcopy takes the folded layer wherever it meets the pair, so pairs are never copied and shared ones stay shared.
-    memo = {id(pair): layer for pair, layer in folded.items()}
-    return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    memo: dict[int, Any] = {id(pair): fold_pair(pair) for pair in named_pairs(model).values()}
+    folded = copy.deepcopy(model, memo)
+    for parameter in folded.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return folded
 
 
 @torch.no_grad()
 def fold_pair(pair: BasisPair) -> nn.Module:
     """The plain form of one pair, see `fold`. Products are taken in float64 and rounded once."""
     layer = empty_folded(pair, kind=layer_cost(pair).kind(pair.rank), rank=pair.rank, bias=pair.needs_bias)
+    basis, scaling = weight_of(pair.basis), pair.scaling
+    scale = 1.0 + to_float64(scaling.delta).view(pair.groups, 1, -1)
+    coefficients = to_matrix(to_float64(scaling.weight), pair.groups) * scale
     last = layer
     if isinstance(layer, nn.Sequential):
-        layer[0].weight.copy_(pair.basis.weight)  # type: ignore[operator, union-attr, arg-type]
+        weight_of(layer[0]).copy_(basis)
         last = layer[1]
-        last.weight.copy_(_double(pair).scaling.scaled_weight)  # type: ignore[operator, union-attr]
+        product = coefficients
     else:
-        layer.weight.copy_(_double(pair).weight)  # type: ignore[operator, union-attr]
-    if pair.needs_bias:
-        last.bias.copy_(pair.scaling.bias)  # type: ignore[operator, union-attr]
-    return layer
+        product = coefficients @ to_matrix(to_float64(basis), pair.groups)
+    weight_of(last).copy_(product.reshape(weight_of(last).shape))
+    if isinstance(last.bias, Tensor):
+        last.bias.copy_(scaling.bias)
+    return layer.train(pair.training)
 
 
 def empty_folded(layer: nn.Module, *, kind: str, rank: int, bias: bool) -> nn.Module:
@@ -59,29 +66,13 @@ def empty_folded(layer: nn.Module, *, kind: str, rank: int, bias: bool) -> nn.Mo
         bias: Whether the (last) layer has a bias.
     """
     pair = layer if isinstance(layer, BasisPair) else BasisPair(layer, rank=1)
-    weight = pair.scaling.weight
-    factory = {"device": weight.device, "dtype": weight.dtype}
-    kind_of_layer, groups = pair.original_type, pair.groups
-    if pair.scaling.dims == 0:
-        if kind == "fused":
-            folded: nn.Module = nn.Linear(pair.fan_in, pair.out_per_group, bias=bias, **factory)  # type: ignore[arg-type]
-        else:
-            folded = nn.Sequential(
-                nn.Linear(pair.fan_in, rank, bias=False, **factory),  # type: ignore[arg-type]
-                nn.Linear(rank, pair.out_per_group, bias=bias, **factory),  # type: ignore[arg-type]
-            )
-    else:
-        geometry = {name: getattr(pair, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        out = groups * (pair.out_per_group if kind == "fused" else rank)
-        first = kind_of_layer(
-            pair.in_channels, out, groups=groups, bias=bias and kind == "fused", **geometry, **factory
-        )  # type: ignore[call-arg, arg-type]
-        folded = first
-        if kind == "pair":
-            folded = nn.Sequential(
-                first,
-                kind_of_layer(groups * rank, groups * pair.out_per_group, 1, groups=groups, bias=bias, **factory),  # type: ignore[call-arg, arg-type]
-            )
+    weight, groups = pair.scaling.weight, pair.groups
+    factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    outputs, features = weight.shape[0], groups * rank
+    folded = new_layer(pair, outputs, bias=bias, **factory)
+    if kind == "pair":
+        pointwise = new_pointwise(pair, features, outputs, bias=bias, **factory)
+        folded = nn.Sequential(new_layer(pair, features, bias=False, **factory), pointwise)
     return folded.train(layer.training)
 
 
@@ -92,7 +83,7 @@ def refuse_pairs(model: nn.Module) -> None:
         raise ValueError(f"the model is decomposed (layer {names[0]!r} is a pair); call `bsdp.fold(model)` first.")
 
 
-def unfold_into(model: nn.Module, plan: dict[str, dict[str, object]]) -> None:
+def unfold_into(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a plain original model the folded structure of a plan, in place, with undefined values.
 
     Args:
@@ -101,11 +92,7 @@ def unfold_into(model: nn.Module, plan: dict[str, dict[str, object]]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     replacements = {
-        modules[name]: empty_folded(modules[name], kind=str(e["kind"]), rank=int(e["rank"]), bias=bool(e["bias"]))  # type: ignore[call-overload]
-        for name, e in plan.items()
+        modules[name]: empty_folded(modules[name], kind=entry["kind"], rank=entry["rank"], bias=entry["bias"])
+        for name, entry in plan.items()
     }
     replace_modules(model, replacements)
-
-
-def _double(pair: BasisPair) -> BasisPair:
-    return copy.deepcopy(pair).double()

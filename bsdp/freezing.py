@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bsdp._checks import check_choice, check_patterns, matches
-from bsdp.layers import BasisPair
+from bsdp.layers import BasisScalingConv
+from bsdp.surgery import module_names
 
 BATCH_NORM_MODES = ("frozen", "stats", "affine", "all")
 
@@ -31,36 +32,36 @@ def freeze(
         train_bias: Whether the biases of the pairs train.
     """
     check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
-    trainable = list(trainable) if not isinstance(trainable, str) else trainable
-    check_patterns("trainable", trainable, [name for name, _ in model.named_modules() if name])
-    for name, module in model.named_modules():
-        if name and matches(name, trainable):
-            continue
-        own = list(module.parameters(recurse=False))
-        if isinstance(module, _BatchNorm):
-            for parameter in own:
-                parameter.requires_grad_(batch_norm in ("affine", "all"))
-        elif not _inside_pair(name, model):
-            for parameter in own:
-                parameter.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, BasisPair) and not (name and matches(name, trainable)):
-            module.scaling.delta.requires_grad_(True)
-            module.scaling.bias.requires_grad_(train_bias)
+    modules = _unmatched_modules(model, trainable)
+    for module in modules:
+        train = isinstance(module, _BatchNorm) and batch_norm in ("affine", "all")
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(train)
+    for module in modules:
+        if isinstance(module, BasisScalingConv):
+            module.delta.requires_grad_(True)
+            module.bias.requires_grad_(train_bias)
 
 
-def fixed_batch_norms(model: nn.Module, *, trainable: Iterable[str] = (), batch_norm: str = "frozen") -> list[nn.Module]:
-    """Batch norms whose running statistics must not move: keep them in eval mode after each ``model.train()``."""
+def fixed_batch_norms(
+    model: nn.Module, *, trainable: Iterable[str] = (), batch_norm: str = "frozen"
+) -> list[nn.Module]:
+    """Batch norms whose running statistics must not move: keep them in eval mode after each ``model.train()``.
+
+    Args:
+        model: The model that was given to `freeze`.
+        trainable: As in `freeze`.
+        batch_norm: As in `freeze`.
+    """
+    check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
+    modules = _unmatched_modules(model, trainable)
     if batch_norm in ("stats", "all"):
         return []
-    patterns = list(trainable)
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not matches(name, patterns)
-    ]
+    return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
-def _inside_pair(name: str, model: nn.Module) -> bool:
-    parent = name.rpartition(".")[0]
-    return isinstance(model.get_submodule(parent) if parent else model, BasisPair)
+def _unmatched_modules(model: nn.Module, trainable: Iterable[str]) -> list[nn.Module]:
+    """The modules that no pattern names; a module with two names counts as named when one of them is."""
+    names = module_names(model)
+    patterns = check_patterns("trainable", trainable, [name for group in names.values() for name in group if name])
+    return [module for module, group in names.items() if not any(name and matches(name, patterns) for name in group)]

@@ -58,32 +58,35 @@ class FeatureStatistics:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.counts = {name: 0.0 for name in self.pairs}
+        self.counts: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
 
     def update(self, name: str, features: Tensor) -> None:
-        """Add one batch of basis-layer outputs, ``[batch, bases, ...]`` (``[..., bases]`` for a linear layer)."""
-        features = features.detach()
-        axis = features.dim() - 1 if self.pairs[name].scaling.dims == 0 else features.dim() - 1 - self.pairs[name].scaling.dims
-        others = [d for d in range(features.dim()) if d != axis]
-        mean = features.mean(others, dtype=torch.float32)
-        square = features.float().square().mean(others) if features.dtype != torch.float64 else features.square().mean(others)
-        if name not in self.sums:
-            self.sums[name], self.squares[name] = torch.zeros_like(mean), torch.zeros_like(square)
-        # Sums of batch means: batches are of equal size but the last, and no running count overflows in half precision.
-        weight = float(features.shape[0]) if features.dim() > 1 else 1.0
-        self.sums[name] += weight * mean
-        self.squares[name] += weight * square
-        self.counts[name] += weight
+        """Add one batch of basis-layer outputs, ``[batch, bases, ...]`` (``[..., bases]`` for a linear layer).
+
+        A batch with NaN or infinity counts for nothing.
+        """
+        dims = self.pairs[name].scaling.dims
+        features = features.detach().movedim(features.dim() - 1 - dims, 0).flatten(1)  # [bases, positions]
+        # Sums grow with the data, so float32 at least; in half precision they would overflow.
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        sums, squares = features.sum(1), features.square().sum(1)
+        finite = sums.isfinite().all() & squares.isfinite().all()
+        self._add(name, finite * features.shape[1], torch.where(finite, sums, 0), torch.where(finite, squares, 0))
+
+    def _add(self, name: str, count: Tensor, sums: Tensor, squares: Tensor) -> None:
+        # Out of place: a state dict taken earlier must not change.
+        for total, value in ((self.counts, count), (self.sums, sums), (self.squares, squares)):
+            total[name] = total[name] + value if name in total else value
 
     def means(self) -> dict[str, Tensor]:
         """``E[a]`` per layer, ``[groups * rank]``; layers without any batch are left out."""
-        return {name: value / self.counts[name] for name, value in self.sums.items()}
+        return {name: value / self.counts[name] for name, value in self.sums.items() if self.counts[name] > 0}
 
     def second_moments(self) -> dict[str, Tensor]:
         """``E[a^2]`` per layer, ``[groups * rank]``; layers without any batch are left out."""
-        return {name: value / self.counts[name] for name, value in self.squares.items()}
+        return {name: value / self.counts[name] for name, value in self.squares.items() if self.counts[name] > 0}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -104,20 +107,27 @@ class FeatureStatistics:
         return [pair.basis.register_forward_hook(hook(name)) for name, pair in self.pairs.items()]
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sums by their mean over processes."""
-        for name in self.sums:
-            self.sums[name], self.squares[name] = reduce(self.sums[name]), reduce(self.squares[name])
+        """Replace the sums and counts by their mean over processes."""
+        for name, pair in self.pairs.items():
+            # A process that saw no batch of a layer joins with zeros: all must make the same calls.
+            zeros = torch.zeros_like(pair.scaling.delta, dtype=torch.float32)
+            self._add(name, zeros.sum(), zeros, zeros)
+            for total in (self.counts, self.sums, self.squares):
+                total[name] = reduce(total[name].to(torch.promote_types(total[name].dtype, torch.float32)))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {"counts": dict(self.counts), "sums": dict(self.sums), "squares": dict(self.squares)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.counts = {name: float(state["counts"].get(name, 0.0)) for name in self.pairs}
-        device = {name: pair.scaling.delta.device for name, pair in self.pairs.items()}
-        self.sums = {n: v.to(device[n]) for n, v in state["sums"].items() if n in self.pairs}
-        self.squares = {n: v.to(device[n]) for n, v in state["squares"].items() if n in self.pairs}
+        """Continue from `state_dict`; the pairs must have the ranks they had then."""
+        self.reset()
+        for name, pair in self.pairs.items():
+            if name in state["sums"]:
+                if len(state["sums"][name]) != pair.scaling.delta.numel():
+                    raise ValueError(f"the saved feature statistics belong to another rank of layer {name!r}.")
+                device = pair.scaling.delta.device
+                self._add(name, *(state[key][name].to(device) for key in ("counts", "sums", "squares")))
 
 
 class ScoreAccumulator:
@@ -164,11 +174,13 @@ class ScoreAccumulator:
         if not self.needs_gradients or not self.pairs:
             return
         deltas = [pair.scaling.delta for pair in self.pairs.values()]
+        if all(delta.grad is None for delta in deltas):
+            return  # a step that did not concern these pairs, such as another optimizer's
         # One flat vector for all layers: the cost is a handful of kernels however deep the model is.
         gradient = torch.cat([torch.zeros_like(d) if d.grad is None else d.grad for d in deltas]).float()
-        term = taylor_terms(1.0 + torch.cat(list(deltas)).float(), gradient)
-        finite = term.isfinite().all()
-        value = torch.where(finite, _TERMS[self.importance](term), 0.0)
+        value = _TERMS[self.importance](taylor_terms(1.0 + torch.cat(list(deltas)).float(), gradient))
+        finite = value.isfinite().all()
+        value = torch.where(finite, value, 0.0)
         self._sum = value if self._sum is None else self._sum + value
         self._steps = self._steps + finite.float()
 
@@ -197,18 +209,22 @@ class ScoreAccumulator:
             missing = [name for name in self.pairs if name not in moments]
             if missing:
                 raise ValueError(
-                    f"`importance='energy'` needs feature statistics of layer {missing[0]!r}: collect some batches with "
-                    "`FeatureStatistics` and pass it to `compute`."
+                    f"`importance='energy'` needs feature statistics of layer {missing[0]!r}: collect some batches "
+                    "with `FeatureStatistics` and pass it to `compute`."
                 )
             return {n: energy(p.scale, column_norms(p), moments[n]).float() for n, p in self.pairs.items()}
-        if self._sum is None or self.steps == 0:
+        if self._sum is None or float(self._steps) == 0:  # a mean over processes may lie between 0 and 1
             raise ValueError("no finite gradient was accumulated: call `update` after each backward pass.")
-        return dict(zip(self.pairs, (self._sum / self._steps).split(self._sizes), strict=True))
+        return dict(zip(self.pairs, torch.split(self._sum / self._steps, self._sizes), strict=True))
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by their mean over processes, so that all of them take the same decision."""
-        if self._sum is not None:
-            self._sum, self._steps = reduce(self._sum), reduce(torch.as_tensor(self._steps, device=self._sum.device))
+        if not self.needs_gradients or not self.pairs:
+            return
+        device = next(iter(self.pairs.values())).scaling.delta.device
+        # A process without any finite step joins with zeros: all must make the same calls.
+        total = torch.zeros(sum(self._sizes), device=device) if self._sum is None else self._sum
+        self._sum, self._steps = reduce(total), reduce(torch.as_tensor(self._steps, device=device))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -218,7 +234,7 @@ class ScoreAccumulator:
         """Continue from `state_dict`; the pairs must have the ranks they had then."""
         self.reset()
         if state["sum"] is not None:
-            if len(state["sum"]) != sum(self._sizes):
+            if state["sum"].numel() != sum(self._sizes):
                 raise ValueError("the saved scores belong to a model of other ranks.")
             device = next(iter(self.pairs.values())).scaling.delta.device
             self._sum = state["sum"].to(device)
@@ -228,4 +244,5 @@ class ScoreAccumulator:
 def column_norms(pair: BasisPair) -> Tensor:
     """Euclidean norms of the frozen 1x1 weights per basis, ``[groups * rank]``: the singular values after an SVD."""
     grouped = pair.scaling.weight.detach().view(pair.groups, pair.out_per_group, pair.rank)
-    return grouped.norm(dim=1).flatten()
+    norms: Tensor = torch.linalg.vector_norm(grouped, dim=1)
+    return norms.flatten()

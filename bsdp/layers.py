@@ -44,15 +44,42 @@ def new_layer(
     like: nn.Module, outputs: int, *, bias: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """A layer with the geometry of another one (or of a pair's original), its own number of outputs and no values."""
-    kind: Callable[..., nn.Module] = like.original_type if isinstance(like, BasisPair) else type(like)
+    kind = _plain_type(like)
     names = ("in_features",) if kind is nn.Linear else _CONV_GEOMETRY
     geometry = {name: getattr(like, name) for name in names}
+    return _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)
+
+
+def new_pointwise(
+    like: nn.Module,
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A 1x1 layer of the same kind and groups, without values."""
+    kind = _plain_type(like)
+    if kind is nn.Linear:
+        return _empty(kind, device, in_features=inputs, out_features=outputs, bias=bias, dtype=dtype)
+    sizes = {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "groups": layer_groups(like)}
+    return _empty(kind, device, **sizes, bias=bias, dtype=dtype)
+
+
+def _empty(kind: Callable[..., nn.Module], device: torch.device | None, **arguments: Any) -> nn.Module:
     # Born on the meta device: an initialisation that nobody reads would cost time and move the global random state.
-    layer = kind(**geometry, **{_width(kind): outputs}, bias=bias, device="meta", dtype=dtype)
-    return layer.to_empty(device=device or "cpu")
+    layer = kind(**arguments, device="meta")
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=parameter.dtype)))
+    return layer
 
 
-def _width(kind: object) -> str:
+def _plain_type(layer: nn.Module) -> type[nn.Module]:
+    return layer.original_type if isinstance(layer, BasisPair) else type(layer)
+
+
+def _width(kind: type[nn.Module]) -> str:
     return "out_features" if kind is nn.Linear else "out_channels"
 
 
@@ -139,9 +166,7 @@ class BasisPair(nn.Module):
         rank = self.full_rank if rank is None else rank
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.basis = new_layer(layer, self.groups * rank, bias=False, **factory).requires_grad_(False)
-        self.scaling = BasisScalingConv(
-            weight.shape[0], rank, groups=self.groups, dims=spatial_dims(layer), **factory
-        )
+        self.scaling = BasisScalingConv(weight.shape[0], rank, groups=self.groups, dims=spatial_dims(layer), **factory)
 
     @property
     def rank(self) -> int:
@@ -194,6 +219,21 @@ class BasisPair(nn.Module):
         columns = local[:, None, :].expand(-1, self.out_per_group, -1)
         kept = grouped.gather(2, columns).reshape(groups * self.out_per_group, -1, *(1,) * scaling.dims)
         self._assign(weight_of(self.basis).data[indices], kept, scaling.delta.data[indices], scaling.sigma[indices])
+
+    @torch.no_grad()
+    def set_factors(self, basis: Tensor, coefficients: Tensor, sigma: Tensor) -> None:
+        """Write factors of the present rank, with all scaling factors at 1.
+
+        Args:
+            basis: ``[groups, rank, fan_in]``.
+            coefficients: ``[groups, out_per_group, rank]``.
+            sigma: ``[groups, rank]``.
+        """
+        target = weight_of(self.basis)
+        target.copy_(basis.reshape(target.shape))
+        self.scaling.weight.copy_(coefficients.reshape(self.scaling.weight.shape))
+        self.scaling.sigma.copy_(sigma.flatten())
+        self.scaling.delta.zero_()
 
     def resize(self, rank: int) -> None:
         """Allocate another rank, smaller or larger; the values are undefined until a state dict is loaded."""

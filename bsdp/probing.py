@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 Observer = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
@@ -42,3 +43,9 @@ def as_inputs(example_input: Tensor | tuple[Any, ...] | list[Any]) -> tuple[Any,
     if isinstance(example_input, (tuple, list)):
         return tuple(example_input)
     return (example_input,)
+
+
+def first_tensor(batch: Any) -> Tensor | None:
+    """The first floating-point tensor with a batch axis in a nested batch, or None."""
+    leaves, _ = tree_flatten(batch)
+    return next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1), None)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -351,8 +350,3 @@ def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) ->
     """All rounds that fit into a number of epochs; at least 0."""
     return max(0, (epochs - warmup_epochs) // epochs_per_round)
 
-
-def first_tensor(batch: Any) -> Tensor | None:
-    """The first floating-point tensor with a batch axis in a nested batch, or None."""
-    leaves, _ = torch.utils._pytree.tree_flatten(batch)
-    return next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1), None)

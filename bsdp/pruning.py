@@ -40,13 +40,15 @@ def prune(
         if name not in pairs:
             raise ValueError(f"`plan` names layer {name!r}, which the model does not have as a pair.")
         if pairs[name].rank != rank:
-            raise ValueError(f"`plan` was made for rank {rank} of layer {name!r}, which has rank {pairs[name].rank} now.")
+            raise ValueError(
+                f"`plan` was made for rank {rank} of layer {name!r}, which has rank {pairs[name].rank} now."
+            )
     for name, keep in plan.keep.items():
         pair = pairs[name]
         if len(keep) == pair.groups * pair.rank:
             continue
         if means is not None and name in means:
-            pair.scaling.bias += mean_contribution(pair, means[name], keep)
+            pair.scaling.bias.add_(mean_contribution(pair, means[name], keep))
         pair.keep(keep)
         for optimizer in optimizers:
             slice_optimizer_state(optimizer, pair.scaling.delta, keep)

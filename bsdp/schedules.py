@@ -10,8 +10,9 @@ SCHEDULES = ("geometric", "cubic", "constant")
 def kept_share(round_index: int, *, rounds: int, target: float, schedule: str = "cubic") -> float:
     """Share of the original cost to keep after a round.
 
-    ``"geometric"`` removes the same share of what is left in every round, ``"constant"`` the same share of the original,
-    ``"cubic"`` follows ``target * (1 - (1 - i / n)^3)`` (Zhu and Gupta, arXiv 1710.01878): much at first, little at last.
+    ``"geometric"`` removes the same share of what is left in every round, ``"constant"`` the same share of the
+    original, ``"cubic"`` follows ``target * (1 - (1 - i / n)^3)`` (Zhu and Gupta, arXiv 1710.01878): much at first,
+    little at last.
 
     Args:
         round_index: 1 to `rounds`; 0 gives 1.0.

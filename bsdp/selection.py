@@ -6,6 +6,7 @@ ranks. Costs follow the deployment rule of `bsdp.cost`: above a layer's break-ev
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from bsdp._checks import check_at_least, check_choice, check_share
 from bsdp.cost import COST_KINDS, LayerCost, ModelCost
 
 RANKINGS = ("importance", "per_cost", "hull")
+
+_ROUNDING = 1e-9  # 20 * (1 - 0.95) is a little more than 1; counts must not change for that
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,15 @@ def select(
     """Plan the removal of the weakest bases of a model.
 
     Args:
-        importance: Non-negative scores per layer, ``[groups * rank]``; higher = keep.
+        importance: Non-negative scores of every layer in `cost`, ``[groups * rank]``; higher = keep.
         cost: The model's cost (see `measure_cost`).
         ratio: Share of the units alive now to remove, in (0, 1). Give this or `budget`.
         budget: Cost that may remain in the whole model, in units of `kind`. The plan removes no more than needed.
         kind: What `budget` counts: ``"params"``, ``"macs"`` or ``"bases"``.
-        ranking: ``"importance"`` removes the least important first; ``"per_cost"`` the least important per unit of cost;
-            ``"hull"`` ranks segments of each layer's lower convex hull of (importance lost, cost saved), so that a
-            layer is only cut when the cut gets below its break-even rank.
+        ranking: ``"importance"`` removes the least important first; ``"per_cost"`` the least important per unit of
+            cost; ``"hull"`` ranks segments of each layer's lower convex hull of (importance lost, cost saved), so that
+            a layer is only cut when the cut gets below its break-even rank. With `ratio` every unit costs 1, and the
+            three agree.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one plan may remove.
 
@@ -108,18 +112,24 @@ def select(
         raise ValueError("give either `ratio` or `budget`.")
     if ratio is not None:
         check_share("ratio", ratio)
+    if budget is not None:
+        check_at_least("budget", budget, 0)
+    _check_names(importance, cost)
     units = [
         _units(name, scores.detach().cpu().double(), cost.layers[name], min_rank, max_layer_ratio)
         for name, scores in importance.items()
     ]
+    available: float
     if ratio is not None:
-        kind, budget = "units", sum(u.rank for u in units) * (1.0 - ratio)
-        fixed = 0.0
+        kind, available = "units", math.floor(sum(u.rank for u in units) * (1.0 - ratio) + _ROUNDING)
     else:
         assert budget is not None
-        fixed = float(cost.fixed(kind))
+        available = budget - cost.fixed(kind)
     tables = [_cost_table(unit, kind, cost.new_bias) for unit in units]
-    removed, reached = _remove(units, tables, ranking, budget - fixed)
+    steps: list[_Step] = []
+    for i, (unit, table) in enumerate(zip(units, tables, strict=True)):
+        steps += _hull_steps(i, unit, table) if ranking == "hull" else _single_steps(i, unit, ranking, kind)
+    removed, reached = _remove(units, tables, steps, available)
     return PruningPlan(
         keep={u.name: u.keep(n) for u, n in zip(units, removed, strict=True)},
         ranks_before={u.name: u.rank for u in units},
@@ -128,12 +138,24 @@ def select(
     )
 
 
+def _check_names(importance: Mapping[str, Tensor], cost: ModelCost) -> None:
+    odd = sorted(importance.keys() ^ cost.layers.keys())
+    if odd:
+        raise ValueError(f"`importance` and `cost` must be of the same layers; only one of them has {odd[0]!r}.")
+
+
 def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_ratio: float) -> _Units:
+    size, groups = scores.numel(), cost.groups
+    if scores.dim() != 1 or size % groups or not 1 <= size // groups <= cost.full_rank:
+        raise ValueError(
+            f"`importance` of layer {name!r} must be a vector of {cost.groups} groups times a rank of at most "
+            f"{cost.full_rank}, got the shape {tuple(scores.shape)}."
+        )
     if not (scores.isfinite() & (scores >= 0)).all():
         raise ValueError(f"`importance` of layer {name!r} must be finite and non-negative.")
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
-    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio)), 1)
+    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
     return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), rank - floor)
 
 
@@ -145,13 +167,10 @@ def _cost_table(unit: _Units, kind: str, new_bias: bool) -> list[float]:
 
 
 def _remove(
-    units: list[_Units], tables: list[list[float]], ranking: str, budget: float
+    units: list[_Units], tables: list[list[float]], steps: list[_Step], budget: float
 ) -> tuple[list[int], bool]:
     removed = [0] * len(units)
     total = sum(table[unit.rank] for unit, table in zip(units, tables, strict=True))
-    steps: list[_Step] = []
-    for i, (unit, table) in enumerate(zip(units, tables, strict=True)):
-        steps += _hull_steps(i, unit, table) if ranking == "hull" else _single_steps(i, unit, ranking, table)
     # Python's sort is stable, so a layer's own units stay in their order and ties do not depend on the platform.
     for step in sorted(steps, key=lambda s: s.value):
         if total <= budget:
@@ -163,11 +182,12 @@ def _remove(
     return removed, total <= budget
 
 
-def _single_steps(layer: int, unit: _Units, ranking: str, table: list[float]) -> Iterator[_Step]:
+def _single_steps(layer: int, unit: _Units, ranking: str, kind: str) -> Iterator[_Step]:
     divisor = 1.0
     if ranking == "per_cost":
-        # The slope below break-even; with a budget in units every unit costs 1.
-        divisor = max(table[2] - table[1], 1e-30) if unit.rank > 1 else 1.0
+        # The slope below break-even; a unit of a layer that is never called saves no MACs and goes last.
+        slopes = {"units": 1, "bases": unit.cost.groups, "params": unit.cost.per_rank}
+        divisor = float(slopes[kind] if kind in slopes else unit.cost.per_rank * (unit.cost.positions or 0)) or 1e-30
     for value in unit.importance[: unit.most]:
         yield _Step(value / divisor, layer, 1)
 
@@ -182,11 +202,13 @@ def _hull_steps(layer: int, unit: _Units, table: list[float]) -> Iterator[_Step]
     for k in range(1, unit.most + 1):
         if saved[k] <= saved[hull[-1]] and len(hull) == 1:
             continue  # still above break-even: nothing saved
-        while len(hull) > 1 and _slope(saved, lost, hull[-2], hull[-1]) >= _slope(saved, lost, hull[-2], k):
+        while len(hull) > 1 and _slope(saved, lost, hull[-2], hull[-1]) > _slope(saved, lost, hull[-2], k):
             hull.pop()
         hull.append(k)
-    for start, end in zip(hull, hull[1:], strict=False):
-        yield _Step(_slope(saved, lost, start, end), layer, end - start)
+    value = 0.0
+    for start, end in itertools.pairwise(hull):
+        value = max(value, _slope(saved, lost, start, end))  # rounding must not swap two segments of a layer
+        yield _Step(value, layer, end - start)
 
 
 def _slope(saved: list[float], lost: list[float], start: int, end: int) -> float:

@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least
-from bsdp.cost import LayerCost, ModelCost, layer_cost
+from bsdp.cost import ModelCost, layer_cost
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
 from bsdp.probing import as_inputs, evaluating, probe
 
@@ -103,15 +104,17 @@ class ModelStats:
 def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> int:
     """Multiply-adds of one forward pass in eval mode, by fvcore's `FlopCountAnalysis` (batch size 1 for one example).
 
-    Scaled-dot-product attention, which fvcore does not know, is counted as its two matrix products.
+    What fvcore does not know is added: convolutions with ``padding="same"`` or ``"valid"``, and scaled-dot-product
+    attention as its two matrix products.
     """
-    with evaluating(model), warnings.catch_warnings():
+    with evaluating(model), _attention_in_parts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore leans on torch.jit, which warns of its deprecation, also on import
         from fvcore.nn import FlopCountAnalysis
 
         analysis = FlopCountAnalysis(model, as_inputs(example_input))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        analysis.set_op_handle("aten::_convolution_mode", _convolution_macs)
         return int(analysis.total())
 
 
@@ -136,7 +139,8 @@ def measure_cost(
     positions = output_positions(model, pairs, example_input)
     layers = {name: layer_cost(pair, positions=positions[name]) for name, pair in pairs.items()}
     inner = sum(layers[name].per_rank * pair.rank * positions[name] for name, pair in pairs.items())
-    return ModelCost(layers, fixed_params, count_macs(model, example_input) - inner, new_bias)
+    macs = count_macs(model, example_input) // _batch_size(as_inputs(example_input))
+    return ModelCost(layers, fixed_params, macs - inner, new_bias)
 
 
 def output_positions(
@@ -146,11 +150,10 @@ def output_positions(
     positions = dict.fromkeys(layers, 0)
     names = {layer: name for name, layer in layers.items()}
     inputs = as_inputs(example_input)
-    batch = next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), 1)
+    batch = _batch_size(inputs)
 
     def observe(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        channels = layer_cost(layer).out_channels if isinstance(layer, BasisPair) else layer.weight.shape[0]  # type: ignore[union-attr, operator, index]
-        positions[names[layer]] += output.numel() // (channels * batch)  # type: ignore[operator]
+        positions[names[layer]] += output.numel() // (layer_cost(layer).out_channels * batch)
 
     with probe(model, layers.values(), observe):
         model(*inputs)
@@ -214,9 +217,10 @@ def measure_latency(
     inputs = as_inputs(example_input)
     times: dict[str, list[float]] = {name: [] for name in models}
     cuda = any(isinstance(t, Tensor) and t.is_cuda for t in inputs)
-    with torch.inference_mode():
+    with ExitStack() as stack:
         for model in models.values():
-            model.eval()
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
         for i in range(warmup + repeats):
             for name, model in models.items():
                 if cuda:
@@ -232,34 +236,55 @@ def measure_latency(
 
 def _described_layers(model: nn.Module) -> dict[str, nn.Module]:
     inside = {child for pair in named_pairs(model).values() for child in pair.modules() if child is not pair}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (BasisPair, *SUPPORTED_TYPES)) and module not in inside
-    }
+    described: tuple[type[nn.Module], ...] = (BasisPair, *SUPPORTED_TYPES)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, described)}
+    return {name: layer for name, layer in layers.items() if layer not in inside}
 
 
 def _layer_stats(name: str, layer: nn.Module, positions: int | None) -> LayerStats:
-    plain = not isinstance(layer, BasisPair)
-    pair = BasisPair(layer, rank=1) if plain else layer
-    assert isinstance(pair, BasisPair)
-    cost: LayerCost = layer_cost(pair, positions=positions)
-    rank = cost.full_rank if plain else pair.rank
-    bias = cost.out_channels if pair.had_bias else 0
-    weights = cost.fused if plain else min(cost.fused, rank * cost.per_rank)
+    cost = layer_cost(layer, positions=positions)
+    kind, rank, weights, has_bias = "plain", cost.full_rank, cost.fused, cost.bias
+    if isinstance(layer, BasisPair):
+        kind, rank, has_bias = cost.kind(layer.rank), layer.rank, layer.needs_bias
+        weights = min(cost.fused, rank * cost.per_rank)
     return LayerStats(
         name=name,
-        kind="plain" if plain else cost.kind(rank),
+        kind=kind,
         rank=rank,
         full_rank=cost.full_rank,
         break_even_rank=cost.break_even_rank,
-        params=weights + (bias if plain or not pair.needs_bias else cost.out_channels),
-        params_original=cost.fused + bias,
+        params=weights + (cost.out_channels if has_bias else 0),
+        params_original=cost.fused + (cost.out_channels if cost.bias else 0),
         macs=None if positions is None else weights * positions,
         macs_original=None if positions is None else cost.fused * positions,
     )
 
 
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Keep attention from running as one fused operator, of which nothing would be counted."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _batch_size(inputs: tuple[Any, ...]) -> int:
+    return next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), 1)
+
+
 def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
-    query, key, value = (i.type().sizes() for i in inputs[:3])
+    query, key, value = (_sizes(i) for i in inputs[:3])
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    return math.prod(_sizes(outputs[0])) * math.prod(_sizes(inputs[1])[1:])
+
+
+def _sizes(value: Any) -> list[int]:
+    """Sizes of a tensor in a traced graph."""
+    sizes: list[int] = value.type().sizes()
+    return sizes

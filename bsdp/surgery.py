@@ -30,7 +30,9 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent) if parent else model, child, module)
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:
+def replace_modules(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module]
+) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Replace modules in place under every name they have.
 
     Args:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
 from bsdp.backbones import HeadKind, build_backbone
-from bsdp.layers import BasisScalingConv
+from bsdp.training import cosine_factor, parameter_groups
 from bsdp.weight_files import no_weight_files
 
 Schedule = Literal["constant", "cosine", "onecycle"]
@@ -74,6 +74,8 @@ class TransferTask(LightningModule):
         super().__init__()
         _check(lr_scheduler, head_lr, scale_lr, label_smoothing)
         built = build_backbone(backbone, num_classes=num_classes, weights=weights, head=head)
+        if built.num_classes < 2:
+            raise ValueError(f"`num_classes` must be at least 2 for a classification, got {built.num_classes}.")
         self.network = built.network
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -99,8 +101,9 @@ class TransferTask(LightningModule):
 
         Args:
             *args: As in ``LightningModule.load_from_checkpoint``; the path comes first.
-            **kwargs: As there.
+            **kwargs: As there; ``weights_only`` is True by default, for nothing in our checkpoints needs more.
         """
+        kwargs.setdefault("weights_only", True)
         with no_weight_files():
             return super().load_from_checkpoint(*args, **kwargs)
 
@@ -170,32 +173,9 @@ class TransferTask(LightningModule):
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Sort the trainable parameters by learning rate and weight decay into named groups.
-
-        Returns:
-            Groups called ``backbone``, ``backbone_no_decay``, ``head``, ``head_no_decay`` and ``scales``; empty ones
-            are left out.
-
-        Raises:
-            ValueError: If nothing is trainable.
-        """
-        scales = {module.delta for module in self.network.modules() if isinstance(module, BasisScalingConv)}
-        head = set(self.network.get_submodule(self.head_name).parameters())
-        groups: dict[str, list[torch.nn.Parameter]] = {}
-        for parameter in self.network.parameters():
-            if parameter.requires_grad:
-                role = "head" if parameter in head else "backbone"
-                name = "scales" if parameter in scales else role if parameter.ndim > 1 else f"{role}_no_decay"
-                groups.setdefault(name, []).append(parameter)
-        if not groups:
-            raise ValueError("The network has no trainable parameter: unfreeze the head or the scaling factors.")
-        rates = {"scales": self.scale_lr, "head": self.head_lr, "head_no_decay": self.head_lr}
-        return [
-            {"params": parameters, "name": name}
-            | ({} if name in ("backbone", "head") else {"weight_decay": 0.0})
-            | ({} if rates.get(name) is None else {"lr": rates[name]})
-            for name, parameters in sorted(groups.items())
-        ]
+        """Sort the trainable parameters into named groups, see `bsdp.training.parameter_groups`."""
+        head = self.network.get_submodule(self.head_name)
+        return parameter_groups(self.network, head=head, head_lr=self.head_lr, scale_lr=self.scale_lr)
 
     def _named_scheduler(self, optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         steps = self.trainer.estimated_stepping_batches
@@ -234,24 +214,6 @@ class TransferTask(LightningModule):
         if functions:
             self.save_hyperparameters(ignore=functions)
         self.hparams.update(num_classes=self.num_classes, normalization=self.normalization)
-
-
-def cosine_factor(step: int, *, total: int, warmup: float = 0.05) -> float:
-    """Learning-rate factor that rises linearly, then falls along half a cosine to 0.
-
-    Args:
-        step: Optimizer steps done.
-        total: Steps of the whole training.
-        warmup: Share of the steps in which it rises.
-
-    Example:
-        >>> [round(cosine_factor(step, total=4, warmup=0.5), 2) for step in range(5)]
-        [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    rise = int(warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
 
 
 def _check(lr_scheduler: object, head_lr: float | None, scale_lr: float | None, label_smoothing: float) -> None:

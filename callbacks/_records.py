@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bsdp.record import PruningRecord
 
@@ -14,17 +14,31 @@ def find_record(trainer: Trainer, *, needed_by: str) -> PruningRecord:
     """The record of the callback that prunes.
 
     Raises:
-        MisconfigurationException: If no callback of the trainer has one.
+        ValueError: If no callback of the trainer has one.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         record = getattr(callback, "record", None)
         if isinstance(record, PruningRecord):
             return record
     names = ", ".join(type(callback).__name__ for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    raise MisconfigurationException(
+    raise ValueError(
         f"`{needed_by}` reports on a pruning run, but no callback here keeps a `bsdp.PruningRecord` (there are: "
         f"{names or 'none'}). Add `bsdp.callbacks.IterativeBasisPruning` to the trainer, or leave `{needed_by}` out."
     )
+
+
+def find_file(trainer: Trainer, attribute: str) -> Path | None:
+    """A file that the pruning callback has written and names in an attribute, if it has.
+
+    Args:
+        trainer: The trainer whose callbacks to ask.
+        attribute: ``"weights_path"`` for the safetensors file, ``"checkpoint_path"`` for the checkpoint.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        path = getattr(callback, attribute, None)
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            return Path(path)
+    return None
 
 
 def find_summary(trainer: Trainer) -> dict[str, Any] | None:

@@ -19,21 +19,19 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def unused_path(folder: Path, name: str, *, trainer: Trainer | None = None) -> Path:
-    """A path in `folder` that no earlier run has written: ``name.ext``, else ``name-2.ext``, ``name-3.ext``, ...
+def unused_path(path: Path, *, trainer: Trainer | None = None) -> Path:
+    """The path itself, or one with a number (``name-v1.ext``, ...) where an earlier run has left a file.
 
     Args:
-        folder: The run's folder.
-        name: The file's usual name.
-        trainer: When given and its fit continued a checkpoint from below `folder`, the file is this run's own, and the
-            usual name is right although it exists.
+        path: The file's usual path.
+        trainer: When its fit continued a checkpoint of the file's own folder (or one below it), the file is of this
+            very run and the usual path is right although it exists.
     """
-    path = folder / name
-    if trainer is not None and trainer.ckpt_path is not None:
-        if folder.resolve() in Path(trainer.ckpt_path).resolve().parents:
-            return path
-    number = 2
-    while path.exists():
-        path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
+    resumed = None if trainer is None else trainer.ckpt_path
+    if resumed is not None and path.resolve().parent in Path(resumed).resolve().parents:
+        return path
+    free, number = path, 1
+    while free.exists():
+        free = path.with_name(f"{path.stem}-v{number}{path.suffix}")
         number += 1
-    return path
+    return free

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bsdp._checks import check_choice, check_patterns, matches
+from bsdp._checks import check_at_least, check_choice, check_patterns, matches
+from bsdp.calibration import OutputMoments, rebase
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.decompose import Decomposition, decompose, find_head
+from bsdp.factorize import METRICS
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
 from bsdp.layers import named_pairs
 from bsdp.optimizers import adopt_parameters
+from bsdp.probing import first_tensor
 from bsdp.structure import structure_of
 
 
@@ -30,7 +34,9 @@ class BasisDecomposition(Callback):
         trainable: Name patterns of modules that stay trainable although they are in the backbone.
         include: Name patterns of the layers to decompose, relative to `backbone`. Default: all.
         exclude: Name patterns of layers not to decompose, relative to `backbone`.
-        metric: How bases are chosen; ``euclidean`` is the SVD with orthonormal bases.
+        metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation`` orders
+            them by what they contribute to the layers' outputs on the first training batches.
+        calibration_batches: Batches that the activation metric reads before training.
         batch_norm: What trains of the batch norms: ``frozen`` (nothing), ``stats`` (running statistics only),
             ``affine`` (weight and bias only), ``all``.
         train_bias: Whether the biases of decomposed layers train.
@@ -43,17 +49,20 @@ class BasisDecomposition(Callback):
         trainable: list[str] | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        metric: Literal["euclidean"] = "euclidean",
+        metric: Literal["euclidean", "activation"] = "euclidean",
+        calibration_batches: int = 16,
         batch_norm: Literal["frozen", "stats", "affine", "all"] = "frozen",
         train_bias: bool = False,
     ) -> None:
-        check_choice("metric", metric, ("euclidean",))
+        check_choice("metric", metric, METRICS)
+        check_at_least("calibration_batches", calibration_batches, 1)
         check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
         self.backbone = backbone
         self.trainable = trainable
         self.include = include
         self.exclude = exclude
         self.metric = metric
+        self.calibration_batches = calibration_batches
         self.batch_norm = batch_norm
         self.train_bias = train_bias
         self.decomposition: Decomposition | None = None
@@ -74,7 +83,7 @@ class BasisDecomposition(Callback):
         head = find_head(pl_module)
         if not named_pairs(target):
             include = self.include if self.include is not None or self.backbone is None else ["*"]
-            self.decomposition = decompose(target, metric=self.metric, include=include, exclude=self.exclude)
+            self.decomposition = decompose(target, include=include, exclude=self.exclude)
             if not self.decomposition.replaced:
                 raise ValueError(f"`BasisDecomposition` could decompose no layer. {self.decomposition}")
         self._freeze(pl_module, target, head)
@@ -94,6 +103,23 @@ class BasisDecomposition(Callback):
                 "would train. Give the optimizer all parameters (`self.parameters()`, or those with `requires_grad`) "
                 "in `configure_optimizers`, or name the part to decompose with `backbone`."
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the bases anew in the activation metric; the ranks and the module's function stay."""
+        pairs = named_pairs(pl_module)
+        untouched = all(pair.rank == pair.full_rank for pair in pairs.values())
+        if self.metric == "activation" and trainer.global_step == 0 and untouched:
+            moments = OutputMoments(pairs)
+            with moments.collecting(pl_module):
+                for batch in islice(trainer.train_dataloader, self.calibration_batches):
+                    images = first_tensor(trainer.strategy.batch_to_device(batch))
+                    if images is None:
+                        raise ValueError(
+                            "`metric: activation` reads the first floating-point tensor of a training batch, and there is "
+                            "none; use `metric: euclidean`."
+                        )
+                    pl_module(images)
+            rebase(pairs, moments.compute())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""

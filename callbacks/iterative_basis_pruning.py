@@ -11,6 +11,7 @@ from bsdp.callbacks._measuring import measure_module_cost, only_network
 from bsdp.callbacks._run_folder import run_folder, unused_path
 from bsdp.callbacks._trainer_checks import holds, refuse_unsupported
 from bsdp.layers import named_pairs
+from bsdp.probing import first_tensor
 from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
 from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord
@@ -325,8 +326,6 @@ class IterativeBasisPruning(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
-        from bsdp.pruner import first_tensor
-
         example = first_tensor(batch)
         pruner, reason = self._pruner(), "the batch holds no floating-point tensor"
         if example is not None:
@@ -375,7 +374,7 @@ class IterativeBasisPruning(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        checkpoint, weights = (unused_path(folder, f"pruned.{kind}", trainer=trainer) for kind in ("ckpt", "safetensors"))
+        checkpoint, weights = (unused_path(folder / f"pruned.{kind}", trainer=trainer) for kind in ("ckpt", "safetensors"))
         trainer.save_checkpoint(checkpoint, weights_only=False)
         if trainer.is_global_zero:
             describe = getattr(pl_module, "export_metadata", None)

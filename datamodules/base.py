@@ -1,16 +1,18 @@
 """What all data modules share: arguments, splits, loaders."""
 
+import os
 from abc import abstractmethod
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bsdp.datamodules._paths import data_root
 from bsdp.datamodules.arrays import Augment, Normalization
-from bsdp.datamodules.sampling import Batch, EpochSampler, TrainingLoader, as_is
+from bsdp.datamodules.sampling import Batch, EpochSampler, TrainingLoader, as_is, generator_for
 from bsdp.datamodules.splits import stratified_split, take_per_class
 
 Split = Literal["train", "val", "test"]
@@ -57,7 +59,8 @@ class ImageDataModule(LightningDataModule):
             was trained with. None leaves values in [0, 1].
         download: Download the data if they are not there and the set can be downloaded.
         drop_last: Leave out an incomplete last training batch. One that is the only batch is kept.
-        seed: Seed of the order of the training images and of the augmentation.
+        seed: Seed of the order of the training images and of the augmentation. None takes the seed of the run
+            (`seed_everything`), else 0.
     """
 
     CLASS_NAMES: ClassVar[tuple[str, ...]] = ()
@@ -77,16 +80,15 @@ class ImageDataModule(LightningDataModule):
         normalization: dict[str, list[float]] | None = None,
         download: bool = False,
         drop_last: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("num_workers", num_workers, 0)
-        _check_at_least("seed", seed, 0)
+        _check_at_least("image_size", image_size, 1)
+        _check_at_least("samples_per_class", samples_per_class, 1)
         _check_at_least("split_seed", split_seed, 0)
-        for name, value in (("image_size", image_size), ("samples_per_class", samples_per_class)):
-            if value is not None:
-                _check_at_least(name, value, 1)
+        _check_at_least("seed", seed, 0)
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"`val_fraction` must be in (0, 1), got {val_fraction}.")
         if augment not in get_args(Augment):
@@ -101,7 +103,8 @@ class ImageDataModule(LightningDataModule):
         self.normalization = normalization
         self.download = download
         self.drop_last = drop_last
-        self.seed = seed
+        # Lightning keeps the seed of `seed_everything` in this variable.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._image_size = image_size
         self._root = data_root(data_dir)
         self._sources: dict[Split, Source] = {}
@@ -158,6 +161,8 @@ class ImageDataModule(LightningDataModule):
         assert train is not None
         if val is None:
             stay, cut = stratified_split(train.labels, fraction=self.val_fraction, seed=self.split_seed)
+            if not len(cut):
+                raise ValueError("No class has 2 training images or more: none can be cut off for validation.")
             train, val = train.select(stay), train.select(cut)
         if self.samples_per_class is not None:
             train = train.select(take_per_class(train.labels, count=self.samples_per_class, seed=self.split_seed))
@@ -175,7 +180,8 @@ class ImageDataModule(LightningDataModule):
         loader = TrainingLoader(
             dataset, sampler=sampler, drop_last=self.drop_last and len(sampler) > self.batch_size, **self._loader_args()
         )
-        loader.position = self._position
+        # The trainer of now: another one may take this data module for a test while the first is still fitting.
+        loader.position = partial(_position, self.trainer)
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -202,17 +208,20 @@ class ImageDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": as_is,
+            # Without one of its own, a loader takes a number from the global generator whenever it starts.
+            "generator": generator_for(self.seed),
         }
 
-    def _position(self) -> tuple[int, int] | None:
-        """Give the running epoch and how many of its batches are done, as the trainer counts them."""
-        if self.trainer is None:
-            return None
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+def _position(trainer: Trainer | None) -> tuple[int, int] | None:
+    """Give the running epoch and how many of its batches are done, as the trainer counts them."""
+    if trainer is None:
+        return None
+    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def _check_at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 

@@ -42,7 +42,7 @@ class CIFAR10DataModule(TorchvisionDataModule):
         return self._root / "cifar10"
 
     def _places(self) -> list[Path]:
-        return [self._folder, self._strips]
+        return [self._folder, self._strips / "train"]
 
     def _load(self, split: Split) -> ArraySource | None:
         if split == "val" or self._folder.is_dir():

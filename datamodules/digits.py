@@ -51,6 +51,6 @@ class DigitsDataModule(ImageDataModule):
 def _digits() -> ArraySource:
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits().images, load_digits().target
-    pixels = np.rint(images * (255.0 / 16.0)).astype(np.uint8)  # the set counts from 0 to 16
-    return ArraySource(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long())
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)  # the set counts from 0 to 16
+    return ArraySource(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(digits.target).long())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"'{self._path / 'train'}' must hold at least 2 folders, one for each class, got {names}. "
                 "Each class's images belong into a folder of their own."
             )
-        for split in ("train", "test"):
+        for split in get_args(Split):
             self._load(split)
 
     def _load(self, split: Split) -> "FileSource | None":

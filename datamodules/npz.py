@@ -1,7 +1,9 @@
 """Array files in the form of MedMNIST."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ class NPZDataModule(ImageDataModule):
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their labels; read from the file's labels if none were given."""
         if self._count is None:
-            self._count = int(self._labels("train").max()) + 1
+            self._count = self._count_classes()
         names = self._names or [str(label) for label in range(self._count)]
         if len(names) != self._count:
             raise ValueError(
@@ -75,12 +77,19 @@ class NPZDataModule(ImageDataModule):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read, lacks an array, or holds one class only.
+            ValueError: If it cannot be read, lacks an array, or its labels are not 0, 1, 2 and so on.
         """
-        if self.num_classes < 2:
-            raise ValueError(f"'{self._path}' has one class only: nothing can be learned. At least 2 are needed.")
-        for split in ("train", "test"):
+        for split in get_args(Split):
             self._load(split)
+
+    def _count_classes(self) -> int:
+        found = sorted(set(self._labels("train").tolist()))
+        if len(found) < 2 or found != list(range(len(found))):
+            raise ValueError(
+                f"`train_labels` of '{self._path}' must hold at least 2 classes, counted from 0 without gaps, "
+                f"got the labels {found}."
+            )
+        return len(found)
 
     def _load(self, split: Split) -> ArraySource | None:
         with self._open() as arrays:
@@ -124,16 +133,18 @@ class NPZDataModule(ImageDataModule):
             except Exception as error:  # a damaged archive raises one of half a dozen kinds
                 raise self._unreadable(error) from error
 
-    def _open(self) -> Any:
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         if not self._path.is_file():
             raise not_found(f"The file '{self.file}'", looked_for=[self._path], data_dir=self.data_dir, download=False)
-        try:
-            arrays = np.load(self._path, allow_pickle=False)
-        except Exception as error:  # as above
-            raise self._unreadable(error) from error
-        if not hasattr(arrays, "files"):
-            raise self._unreadable(TypeError("it holds a single array"))
-        return arrays
+        with self._path.open("rb") as file:
+            try:
+                arrays = np.load(file, allow_pickle=False)
+            except Exception as error:  # as above
+                raise self._unreadable(error) from error
+            if not hasattr(arrays, "files"):
+                raise self._unreadable(TypeError("it holds a single array"))
+            yield arrays
 
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"'{self._path}' cannot be read as an .npz file ({error}). Fetch it again.")

@@ -53,7 +53,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
 
 class TrainingLoader(DataLoader[Batch]):
-    """A loader that starts an epoch late and, after a resume, in its middle.
+    """A loader that a trainer can take up in the middle of an epoch.
 
     ``position`` gives the running epoch and how many of its batches are done, or None where nobody knows. A data
     module points it at the trainer's own counts: they are right after a resume from any checkpoint, and after an
@@ -62,38 +62,48 @@ class TrainingLoader(DataLoader[Batch]):
     """
 
     position: Callable[[], tuple[int, int] | None] = staticmethod(lambda: None)
+    _saved: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its private iterator class
-        # A generator runs at the first `next`. The trainer makes the iterator BEFORE it knows where it is; with
-        # worker processes the first batches would otherwise be fetched in the order of another epoch.
+        # The trainer asks for its iterator right after `load_state_dict`. Whoever else reads this loader, a callback
+        # that collects statistics for example, gets every batch.
+        saved, self._saved = self._saved, None
+        return self._batches(saved)
+
+    def _batches(self, saved: dict[str, int] | None) -> Iterator[Batch]:
+        # A generator runs at the first `next`. The trainer makes its iterator before it knows where it is; with worker
+        # processes the first batches would otherwise be fetched in the order of another epoch.
         position = self.position()
         if position is not None and isinstance(self.sampler, EpochSampler):
-            assert self.batch_size is not None
-            self.sampler.set_epoch(position[0])
-            self.sampler.start = position[1] * self.batch_size
+            epoch, done = position
+            if saved is not None and done:
+                self._check(saved)
+            self.sampler.set_epoch(epoch)
+            self.sampler.start = 0 if saved is None else done * (self.batch_size or 0)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         """Give what the order inside an epoch depends on; being there also tells the trainer that it can resume."""
         return {
             "batch_size": int(self.batch_size or 0),
-            "images": len(self.sampler),  # type: ignore[arg-type]
+            "images": len(self.sampler),  # type: ignore[arg-type]  # torch types samplers without a length
             "seed": getattr(self.sampler, "seed", 0),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Check that the epoch can be continued with the same batches.
+        """Let the next iterator leave out the batches that are done.
 
         Args:
-            state: What ``state_dict`` gave when the checkpoint was written in the middle of an epoch.
-
-        Raises:
-            ValueError: If batch size, number of training images or seed differ from those of the checkpoint.
+            state: What ``state_dict`` gave when the checkpoint was written. If that was in the middle of an epoch,
+                other settings now are a ``ValueError`` when the iterator starts.
         """
+        self._saved = state
+
+    def _check(self, saved: dict[str, int]) -> None:
         for name, now in self.state_dict().items():
-            if state.get(name, now) != now:
+            if saved.get(name, now) != now:
                 raise ValueError(
-                    f"The checkpoint was written in the middle of an epoch with {name} = {state[name]}, this run has "
+                    f"The checkpoint was written in the middle of an epoch with {name} = {saved[name]}, this run has "
                     f"{now}: the rest of the epoch would not be the same batches. Give the data module the settings of "
                     "that run (its `config.yaml` holds them), or resume from a checkpoint written at an epoch's end."
                 )

@@ -1,0 +1,65 @@
+"""What a transfer trains at which rate: parameter groups and the named schedule, as pure functions."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from bsdp.layers import BasisScalingConv
+
+
+def parameter_groups(
+    network: nn.Module, *, head: nn.Module, head_lr: float | None = None, scale_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters by learning rate and weight decay into named groups for an optimizer.
+
+    Biases, normalisation layers and scaling factors get no weight decay.
+
+    Args:
+        network: Plain or decomposed.
+        head: The layer of the network that gives the class scores.
+        head_lr: Learning rate of the head; None for the optimizer's own.
+        scale_lr: Learning rate of the scaling factors; None for the optimizer's own.
+
+    Returns:
+        Groups called ``backbone``, ``backbone_no_decay``, ``head``, ``head_no_decay`` and ``scales``; empty ones are
+        left out.
+
+    Raises:
+        ValueError: If nothing is trainable.
+    """
+    scales = {module.delta for module in network.modules() if isinstance(module, BasisScalingConv)}
+    in_head = set(head.parameters())
+    groups: dict[str, list[nn.Parameter]] = {}
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            role = "head" if parameter in in_head else "backbone"
+            name = "scales" if parameter in scales else role if parameter.ndim > 1 else f"{role}_no_decay"
+            groups.setdefault(name, []).append(parameter)
+    if not groups:
+        raise ValueError("The network has no trainable parameter: unfreeze the head or the scaling factors.")
+    rates = {"scales": scale_lr, "head": head_lr, "head_no_decay": head_lr}
+    return [
+        {"params": parameters, "name": name}
+        | ({} if name in ("backbone", "head") else {"weight_decay": 0.0})
+        | ({} if rates.get(name) is None else {"lr": rates[name]})
+        for name, parameters in sorted(groups.items())
+    ]
+
+
+def cosine_factor(step: int, *, total: int, warmup: float = 0.05) -> float:
+    """Learning-rate factor that rises linearly, then falls along half a cosine to 0.
+
+    Args:
+        step: Optimizer steps done.
+        total: Steps of the whole training.
+        warmup: Share of the steps in which it rises.
+
+    Example:
+        >>> [round(cosine_factor(step, total=4, warmup=0.5), 2) for step in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    rise = int(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))

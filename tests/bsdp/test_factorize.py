@@ -1,0 +1,233 @@
+"""Factors of a weight: reconstruction, orthonormality, energies and the activation metric."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bsdp
+from bsdp.factorize import METRICS, factorize
+from bsdp.layers import to_matrix
+from tests.helpers.cases import CASES_BY_NAME
+from tests.helpers.compare import relative_error
+from tests.helpers.reference import input_moment, output_moment
+
+SHAPES = [(1, 8, 20), (1, 20, 8), (1, 6, 6), (3, 4, 9), (2, 9, 4), (2, 1, 5), (1, 5, 1)]
+
+
+def random_moment(size: int, *, rank: int | None = None) -> Tensor:
+    """A second moment with a steep spectrum."""
+    samples = torch.randn(4 * size, rank or size, dtype=torch.float64) * torch.logspace(0, -2, rank or size)
+    mixed = samples @ torch.randn(rank or size, size, dtype=torch.float64)
+    return mixed.T @ mixed / len(mixed)
+
+
+def coloured_images(*shape: int) -> Tensor:
+    """Smooth images with a mean, as real data are; white noise would make all metrics the same."""
+    images = torch.randn(*shape, dtype=torch.float64)
+    return (images.cumsum(-1).cumsum(-2) / shape[-1] + 0.5) * torch.linspace(0.1, 2.0, shape[1])[:, None, None]
+
+
+def squared_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().square().sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_factors_multiply_back_to_the_matrix(shape: tuple[int, int, int], metric: str) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    moment = random_moment(shape[0] * shape[1]) if metric == "activation" else None
+    factors = factorize(matrix, metric=metric, moment=moment)
+    rank = min(shape[1:])
+    assert factors.basis.shape == (shape[0], rank, shape[2])
+    assert factors.coefficients.shape == (shape[0], shape[1], rank)
+    assert factors.sigma.shape == (shape[0], rank)
+    assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-12
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.sampled_from([torch.float16, torch.float32]))
+def test_any_shape_and_dtype_is_factorised_in_float64(groups: int, out: int, fan_in: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(groups, out, fan_in).to(dtype)
+    factors = factorize(matrix)
+    assert factors.basis.dtype == factors.coefficients.dtype == torch.float64
+    assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-12
+    assert (factors.sigma.diff(dim=1) <= 0).all()
+    assert (factors.sigma >= 0).all()
+
+
+# Oracle 2
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_euclidean_bases_and_left_vectors_are_orthonormal(shape: tuple[int, int, int]) -> None:
+    factors = factorize(torch.randn(shape, dtype=torch.float64))
+    identity = torch.eye(factors.basis.shape[1], dtype=torch.float64).expand(shape[0], -1, -1)
+    assert relative_error(factors.basis @ factors.basis.mT, identity) < 1e-12
+    left = factors.coefficients / factors.sigma[:, None, :]
+    assert relative_error(left.mT @ left, identity) < 1e-12
+
+
+# Oracle 2
+@pytest.mark.parametrize("name", ["first_conv", "strided", "pointwise", "linear_narrow", "linear_wide"])
+def test_activation_bases_are_orthonormal_in_the_metric_of_the_data(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    layer = case.build().double()
+    inputs = torch.randn(40, *case.input_shape[1:], dtype=torch.float64)
+    matrix = to_matrix(layer.weight.detach(), 1)
+    factors = factorize(matrix, metric="activation", moment=output_moment(layer, inputs))
+    # The ridge is an isotropic input moment; without it U'^T A U' would be the identity exactly.
+    ridge = 1e-4 * output_moment(layer, inputs).trace() / matrix.square().sum()
+    moment = input_moment(layer, inputs)
+    moment = moment + ridge * torch.eye(len(moment), dtype=torch.float64)
+    gram = factors.basis[0] @ moment @ factors.basis[0].T
+    assert relative_error(gram, torch.eye(len(gram), dtype=torch.float64)) < 1e-8
+    left = factors.coefficients[0] / factors.sigma[0]
+    assert relative_error(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64)) < 1e-12
+
+
+# Oracle 8
+@pytest.mark.parametrize("name", ["first_conv", "strided", "pointwise", "reflect", "same", "groups", "linear_narrow"])
+def test_activation_metric_never_has_a_larger_output_error_than_the_plain_svd(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    layer = case.build().double()
+    if isinstance(layer, nn.Linear):
+        inputs = torch.randn(50, 20, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, 20, dtype=torch.float64))
+    else:
+        inputs = coloured_images(20, *case.input_shape[1:])
+    moment = output_moment(layer, inputs)
+    total = squared_error(layer(inputs), layer(inputs * 0))
+    gains = []
+    for rank in range(1, bsdp.layer_cost(layer).full_rank):
+        errors = {}
+        for metric in METRICS:
+            pair = bsdp.pair_from_layer(layer, metric=metric, moment=moment)
+            pair.keep(torch.cat([torch.arange(rank) + g * pair.rank for g in range(pair.groups)]))
+            errors[metric] = squared_error(pair(inputs), layer(inputs))
+        assert errors["activation"] <= errors["euclidean"] * (1 + 1e-3) + 1e-6 * total
+        gains.append(errors["euclidean"] / max(errors["activation"], 1e-12))
+    assert max(gains) > 1.5  # and it is not just the same thing
+
+
+def test_activation_truncation_is_the_svd_of_the_weight_in_the_data_metric() -> None:
+    layer = nn.Linear(10, 6, bias=False).double()
+    inputs = torch.randn(200, 10, dtype=torch.float64) @ torch.randn(10, 10, dtype=torch.float64)
+    factors = factorize(layer.weight.detach()[None], metric="activation", moment=output_moment(layer, inputs))
+    values, vectors = torch.linalg.eigh(input_moment(layer, inputs))
+    root = vectors * values.sqrt() @ vectors.T
+    left, sigma, right = torch.linalg.svd(layer.weight.detach() @ root, full_matrices=False)
+    for rank in range(1, 6):
+        expected = left[:, :rank] * sigma[:rank] @ right[:rank] @ torch.linalg.inv(root)
+        actual = factors.coefficients[0, :, :rank] @ factors.basis[0, :rank]
+        assert relative_error(actual, expected) < 1e-2  # up to the ridge
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_activation_metric_is_exact_at_full_rank_whatever_noise_the_moment_has(noise: float) -> None:
+    # fan_in < out and singular values down to 1e-3: noise of a float32 sum must not displace a weak direction.
+    left, _ = torch.linalg.qr(torch.randn(32, 9, dtype=torch.float64))
+    matrix = (left * torch.logspace(0, -3, 9, dtype=torch.float64)) @ torch.randn(9, 9, dtype=torch.float64)
+    outputs = matrix @ torch.randn(9, 100, dtype=torch.float64)
+    moment = outputs @ outputs.T / 100
+    moment = moment + noise * moment.diagonal().mean() * torch.randn(32, 32, dtype=torch.float64)
+    factors = factorize(matrix[None], metric="activation", moment=moment)
+    assert relative_error(factors.coefficients[0] @ factors.basis[0], matrix) < 1e-12
+
+
+def test_activation_metric_copes_with_data_that_never_excite_the_layer() -> None:
+    matrix = torch.randn(1, 5, 7, dtype=torch.float64)
+    for rank in (None, 2):
+        moment = torch.zeros(5, 5) if rank is None else random_moment(5, rank=rank)
+        factors = factorize(matrix, metric="activation", moment=moment)
+        assert factors.sigma.isfinite().all()
+        assert (factors.sigma > 0).all()
+        assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-12
+
+
+def test_a_weight_of_zeros_is_factorised_into_zeros() -> None:
+    for metric in METRICS:
+        factors = factorize(torch.zeros(2, 3, 4), metric=metric, moment=torch.zeros(6, 6))
+        assert (factors.coefficients @ factors.basis == 0).all()
+        assert factors.sigma.isfinite().all()
+
+
+def test_activation_metric_uses_the_diagonal_blocks_of_the_groups_only() -> None:
+    matrix = torch.randn(2, 3, 5, dtype=torch.float64)
+    moment = random_moment(6)
+    blocks = torch.block_diag(moment[:3, :3], moment[3:, 3:])
+    whole = factorize(matrix, metric="activation", moment=moment)
+    apart = factorize(matrix, metric="activation", moment=blocks)
+    assert torch.equal(whole.sigma, apart.sigma)
+    first = factorize(matrix[:1], metric="activation", moment=moment[:3, :3])
+    assert relative_error(whole.sigma[:1], first.sigma) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_and_moments_that_are_not_finite_are_refused(bad: float) -> None:
+    matrix = torch.randn(1, 3, 4)
+    broken = matrix.clone()
+    broken[0, 1, 2] = bad
+    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+        factorize(broken)
+    moment = torch.eye(3)
+    moment[1, 1] = bad
+    with pytest.raises(ValueError, match="statistics hold NaN or infinity"):
+        factorize(matrix, metric="activation", moment=moment)
+
+
+def test_a_moment_of_another_size_or_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be 6 x 6, got the shape \(3, 3\)"):
+        factorize(torch.randn(2, 3, 4), metric="activation", moment=torch.eye(3))
+    with pytest.raises(ValueError, match="`metric='activation'` needs the second moment"):
+        factorize(torch.randn(2, 3, 4), metric="activation")
+
+
+# Oracle 4
+@pytest.mark.parametrize("name", ["first_conv", "strided", "dilated", "groups", "conv3d", "linear_tokens"])
+def test_squared_error_of_dropped_bases_is_the_sum_of_their_energies(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    layer = case.build().double()
+    inputs = torch.randn(case.input_shape, dtype=torch.float64) + 1.0  # any input, not centred, not white
+    pair = bsdp.pair_from_layer(layer)
+    nn.init.uniform_(pair.scaling.delta, -0.5, 0.5)
+    expected = pair(inputs)
+    features = pair.basis(inputs)
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    rows = features.movedim(axis, -1).reshape(-1, features.shape[axis])
+    energies = (pair.scale * pair.scaling.sigma * rows).square().sum(0).detach()
+    drop = torch.rand(len(energies)) < 0.4
+    pair.scaling.delta.data[drop] = -1.0
+    error = squared_error(pair(inputs), expected)
+    assert 0 < drop.sum() < len(drop)
+    assert error == pytest.approx(float(energies[drop].sum()), rel=1e-10)
+
+
+# Oracle 5
+@pytest.mark.parametrize("name", ["strided", "pointwise", "linear_narrow"])
+def test_least_squares_scales_of_the_survivors_stay_one(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    layer = case.build().double()
+    inputs = torch.randn(case.input_shape, dtype=torch.float64) + 0.5
+    pair = bsdp.pair_from_layer(layer)
+    target = (layer(inputs) - layer(inputs * 0)).flatten().detach()
+    terms = []
+    for k in range(pair.rank):
+        alone = bsdp.pair_from_layer(layer)
+        alone.scaling.bias.data.zero_()
+        alone.keep(torch.tensor([k]))
+        terms.append(alone(inputs).flatten().detach())
+    survivors = torch.stack(terms[::2], dim=1)
+    scales = torch.linalg.lstsq(survivors, target[:, None]).solution[:, 0]
+    assert relative_error(scales, torch.ones_like(scales)) < 1e-9
+
+
+# Order: more rank never raises the error.
+@pytest.mark.parametrize("metric", METRICS)
+def test_more_rank_never_raises_the_output_error(metric: str) -> None:
+    layer = nn.Conv2d(6, 10, 3).double()
+    inputs = coloured_images(8, 6, 9, 9)
+    errors = []
+    for rank in range(1, 11):
+        pair = bsdp.pair_from_layer(layer, metric=metric, moment=output_moment(layer, inputs))
+        pair.keep(torch.arange(rank))
+        errors.append(squared_error(pair(inputs), layer(inputs)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-20

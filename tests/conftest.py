@@ -1,0 +1,23 @@
+"""What every test shares: a fixed seed and a deterministic profile of hypothesis."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("bsdp", derandomize=True, max_examples=25, deadline=None, database=None)
+hypothesis.settings.load_profile("bsdp")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Excuse, by name, what torch warns of when a test does it on purpose."""
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """Start every test from the same random state and give the caller's back, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

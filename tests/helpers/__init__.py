@@ -1,0 +1,1 @@
+"""Small named networks, slow obvious reference versions and tables of cases that several tests share."""

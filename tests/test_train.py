@@ -1,0 +1,39 @@
+"""``python train.py`` from end to end, in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+CONFIG = {
+    "name": "tiny",
+    "model": {"init_args": {"backbone": "bsdp:resnet20", "weights": "none"}},
+    "data": {"class_path": "bsdp.datamodules.DigitsDataModule", "init_args": {"image_size": 8}},
+    "trainer": {"accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2, "limit_test_batches": 1},
+}
+
+
+def train(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TRAIN), *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_fit_then_test(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    fitted = train(tmp_path, "fit", "--config", "base", "--config", "tiny.yaml")
+    assert fitted.returncode == 0, fitted.stderr
+    run = tmp_path / "logs" / "tiny" / "version_0"
+    assert f"Run folder: {run}" in fitted.stdout
+    assert "litlogger" not in fitted.stdout + fitted.stderr and "Deprecat" not in fitted.stderr
+
+    tested = train(tmp_path, "test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    assert tested.returncode == 0, tested.stderr
+    assert "test_accuracy" in tested.stdout
+
+
+def test_a_mistake_gives_code_2_and_no_traceback(tmp_path: Path) -> None:
+    failed = train(tmp_path, "fit", "--config", "nowhere.yaml")
+    assert failed.returncode == 2
+    assert "`config`: 'nowhere.yaml' is no file" in failed.stderr and "Traceback" not in failed.stderr
