@@ -136,7 +136,7 @@ def _percent_axis(axes: Axes, values: list[float]) -> None:
     low = min(min(values), 99.0)
     axes.set_xscale("log")
     axes.set_xlim(low * 0.85, 112.0)
-    steps = (1, 2, 5) if low < 20 else (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    steps = (1, 2, 5) if low < 4 else (1, 2, 3, 5, 7) if low < 25 else tuple(range(1, 10))
     decades = range(math.floor(math.log10(low * 0.85)), 3)
     ticks = [s * 10.0**d for d in decades for s in steps if low * 0.85 <= s * 10.0**d <= 100.0]
     axes.xaxis.set_major_locator(FixedLocator(ticks))

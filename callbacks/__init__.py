@@ -1,6 +1,8 @@
-"""Lightning callbacks: `BasisDecomposition` and `IterativeBasisPruning` are all a training run needs to add."""
+"""Lightning callbacks. `BasisDecomposition` and `IterativeBasisPruning` are all that a training run needs to add."""
 
 from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
+from bsdp.callbacks.pruning_report import PruningReport
+from bsdp.callbacks.wandb_curves import WandbPruningCurves
 
-__all__ = ["BasisDecomposition", "IterativeBasisPruning"]
+__all__ = ["BasisDecomposition", "IterativeBasisPruning", "PruningReport", "WandbPruningCurves"]

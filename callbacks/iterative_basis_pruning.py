@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import bsdp
@@ -65,6 +66,10 @@ class IterativeBasisPruning(Callback):
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+
+    Attributes:
+        checkpoint_path: The Lightning checkpoint of the final module, once it is written.
+        weights_path: The folded network, once it is written.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class IterativeBasisPruning(Callback):
         self.restore_best = restore_best
         self.save_pruned = save_pruned
         self.pruner: IterativePruner | None = None
+        self.checkpoint_path: Path | None = None
+        self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._batches = 1
@@ -374,8 +381,9 @@ class IterativeBasisPruning(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        checkpoint, weights = (unused_path(folder / f"pruned.{kind}", trainer=trainer) for kind in ("ckpt", "safetensors"))
-        trainer.save_checkpoint(checkpoint, weights_only=False)
+        self.checkpoint_path = unused_path(folder / "pruned.ckpt", trainer=trainer)
+        self.weights_path = unused_path(folder / "pruned.safetensors", trainer=trainer)
+        trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
         if trainer.is_global_zero:
             describe = getattr(pl_module, "export_metadata", None)
             metadata = dict(describe()) if callable(describe) else {}
@@ -384,8 +392,8 @@ class IterativeBasisPruning(Callback):
                 value = getattr(data, key, None)
                 if value is not None and key not in metadata:
                     metadata[key] = list(value) if isinstance(value, tuple) else value
-            bsdp.save(self._pruner().network, weights, metadata=metadata)
-            rank_zero_info(f"bsdp: wrote {checkpoint.name} and {weights.name} to {folder}")
+            bsdp.save(self._pruner().network, self.weights_path, metadata=metadata)
+            rank_zero_info(f"bsdp: wrote {self.checkpoint_path.name} and {self.weights_path.name} to {folder}")
 
     def _detach(self) -> None:
         for handle in self._handles:
