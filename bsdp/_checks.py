@@ -17,7 +17,7 @@ def check_choice(argument: str, value: str, allowed: Collection[str]) -> None:
 
 def check_share(argument: str, value: float) -> None:
     """Refuse a value outside the open interval (0, 1)."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < 1.0:
+    if not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
         raise ValueError(f"`{argument}` is a share and must be in (0, 1), got {value!r}. Write 0.7 for 70 %.")
 
 

@@ -97,6 +97,9 @@ def _draw_curve(axes: Axes, record: PruningRecord, kind: str) -> None:
             _annotate(axes, x, factor * y, f"{x:.3g} % kept\n{_shown(record, y)}", above=record.mode == "min")
     _percent_axis(axes, marks)
     axes.margins(y=0.14)
+    if _in_percent(record):
+        low_end, high_end = axes.get_ylim()
+        axes.set_ylim(max(low_end, -2.0), min(high_end, 102.0))  # a wide tolerance must not take the axis below zero
     axes.legend(loc="best", fontsize=8, markerscale=0.55, frameon=True, framealpha=0.9, edgecolor="none")
 
 

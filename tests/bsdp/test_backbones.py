@@ -8,6 +8,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 import bsdp
 from bsdp.backbones import Backbone, build_backbone, bundled_weights, list_backbones
@@ -276,6 +277,23 @@ def test_failed_download_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("torchvision.models.get_model", fail)
     with pytest.raises(ValueError, match=r"`weights`: .* could not be downloaded .*no network.*`none` for random"):
         build_backbone("torchvision:resnet18", num_classes=3)
+
+
+@pytest.mark.parametrize(("weights", "version"), [("default", "V2"), ("IMAGENET1K_V1", "V1"), ("imagenet1k_v2", "V2")])
+def test_published_weights_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch, weights: str, version: str) -> None:
+    chosen: list[str] = []
+
+    def without_download(name: str, *, weights: models.WeightsEnum, **options: object) -> nn.Module:
+        chosen.append(weights.name)
+        return get_model(name, weights=None, **options)
+
+    get_model = models.get_model
+    monkeypatch.setattr("torchvision.models.get_model", without_download)
+    with torch.device("meta"):
+        backbone = build_backbone("torchvision:mobilenet_v2", weights=weights)
+
+    assert chosen == [f"IMAGENET1K_{version}"]
+    assert (backbone.num_classes, backbone.weights) == (1000, weights)
 
 
 def test_timm_backbones() -> None:
