@@ -3,8 +3,8 @@
     BSDP_DATA=<folder> python benchmarks/transfer.py run --experiment mnist_resnet56 --seeds 0 1
     python benchmarks/transfer.py table
 
-Rows are kept in ``benchmarks/results/transfer_<experiment>.json``; runs that are there already are not repeated. The test
-images are read once per run, after the fit, on the model that validation images chose.
+Rows are kept in ``benchmarks/results/transfer_<experiment>.json``; runs that are there already are not repeated. The
+test images are read once per run, after the fit, on the model that validation images chose.
 """
 
 import argparse
@@ -64,8 +64,12 @@ def run_one(experiment: str, seed: int, method: str) -> dict[str, Any]:
     minutes = (time.monotonic() - start) / 60
     row = {"task": experiment, "method": method, "seed": seed, "epochs": epochs_of(folder)}
     row |= pruned_values(folder) if method == "bsdp" else finetuned_values(folder, name)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return row | {"minutes": round(minutes, 1), "commit": commit, "command": f"python train.py {' '.join(words)}"}
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return row | {
+        "minutes": round(minutes, 1),
+        "commit": asked.stdout.strip(),
+        "command": f"python train.py {' '.join(words)}",
+    }
 
 
 def pruned_values(folder: Path) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def finetuned_values(folder: Path, name: str) -> dict[str, Any]:
     written = max((ROOT / folder).parent.glob("test/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     with written.open() as file:
         accuracy = float(next(row for row in csv.DictReader(file) if row.get("test_accuracy"))["test_accuracy"])
-    return {"accuracy_reference": None, "accuracy": accuracy, "params_ratio": 1.0, "macs_ratio": 1.0, "latency_ratio": 1.0}
+    ratios = dict.fromkeys(("params_ratio", "macs_ratio", "latency_ratio"), 1.0)
+    return {"accuracy_reference": None, "accuracy": accuracy, **ratios}
 
 
 def epochs_of(folder: Path) -> int:
@@ -127,8 +132,8 @@ def write_rows(experiment: str, rows: list[dict[str, Any]]) -> None:
 
 def print_table(_options: argparse.Namespace) -> None:
     """One Markdown row per experiment: means, and the spread as lowest to highest over seeds."""
-    print("| experiment | seeds | fine-tuned, unpruned | reference | pruned | parameters gone | MACs gone | latency ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    titles = ("experiment", "seeds", "fine-tuned, unpruned", "reference", "pruned", "parameters gone", "MACs gone")
+    print(f"| {' | '.join(titles)} | latency ratio |\n{'| --- ' * (len(titles) + 1)}|")
     for experiment in EXPERIMENTS:
         rows = read_rows(experiment)
         pruned = [row for row in rows if row["method"] == "bsdp"]

@@ -1,6 +1,7 @@
 """Basis scaling and double pruning: make pretrained vision backbones small and fast while they are transferred.
 
-``import bsdp`` loads torch only. The Lightning callbacks are in `bsdp.callbacks`, the data modules in `bsdp.datamodules`.
+``import bsdp`` loads torch only. The Lightning callbacks are in `bsdp.callbacks`, the data modules in
+`bsdp.datamodules`.
 """
 
 from bsdp.cost import LayerCost, ModelCost, layer_cost

@@ -45,7 +45,7 @@ class OutputMoments:
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
-        """Record the forward passes made inside the ``with`` block, in which the model is in eval mode without gradients."""
+        """Record the forward passes made inside the ``with`` block; the model is in eval mode without gradients."""
         with probe(model, self.layers.values(), lambda layer, _inputs, output: self.update(layer, output)):
             yield
 
@@ -62,11 +62,8 @@ def collect_output_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str
         batches: Inputs of the model: tensors, or tuples of arguments. No labels.
     """
     inside = {child for pair in model.modules() if isinstance(pair, BasisPair) for child in pair.children()}
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (BasisPair, *SUPPORTED_TYPES)) and module not in inside
-    }
+    kinds: tuple[type[nn.Module], ...] = (BasisPair, *SUPPORTED_TYPES)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in inside}
     moments = OutputMoments(layers)
     with moments.collecting(model):
         for batch in batches:

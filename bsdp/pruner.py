@@ -349,4 +349,3 @@ class IterativePruner:
 def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) -> int:
     """All rounds that fit into a number of epochs; at least 0."""
     return max(0, (epochs - warmup_epochs) // epochs_per_round)
-

@@ -207,6 +207,17 @@ class TransferTask(LightningModule):
             f"0..{self.num_classes - 1}. Set `num_classes` to the number of classes of the data."
         )
 
+    def export_metadata(self) -> dict[str, Any]:
+        """Values that ``pruned.safetensors`` carries, from which the network and its preprocessing can be rebuilt."""
+        normalization = self.normalization or {}
+        return {
+            "backbone": self.backbone,
+            "head": self.hparams["head"],
+            "num_classes": self.num_classes,
+            "mean": normalization.get("mean"),
+            "std": normalization.get("std"),
+        }
+
     def _save_plain_hyperparameters(self) -> None:
         """Keep only values that YAML can hold, resolved, so that a checkpoint loads without code and weight files."""
         self.save_hyperparameters()

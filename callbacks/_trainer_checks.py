@@ -22,13 +22,13 @@ def refuse_unsupported(trainer: Trainer, callback: object) -> None:
             )
     if {cls.__name__ for cls in type(trainer.strategy).__mro__} & _SHARDING:
         raise ValueError(
-            f"`{name}` does not support the strategy {type(trainer.strategy).__name__}, which shards the parameters that "
-            "pruning cuts. Use a single device or `strategy='ddp'`."
+            f"`{name}` does not support the strategy {type(trainer.strategy).__name__}, which shards the parameters "
+            "that pruning cuts. Use a single device or `strategy='ddp'`."
         )
     launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
     if launcher == "_MultiProcessingLauncher":
         raise ValueError(
-            f"`{name}` does not support strategies that start processes by spawning or forking (ddp_spawn, ddp_notebook): "
+            f"`{name}` does not support strategies that spawn or fork processes (ddp_spawn, ddp_notebook): "
             "the main process would load the pruned weights into its unpruned model. Use `strategy='ddp'`."
         )
 
@@ -38,8 +38,8 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
             raise ValueError(
-                "the optimizer LBFGS is not supported: it evaluates the loss several times per step and keeps a history "
-                "in the shape of all parameters. Use SGD, Adam, AdamW or another first-order optimizer."
+                "the optimizer LBFGS is not supported: it evaluates the loss several times per step and keeps a "
+                "history in the shape of all parameters. Use SGD, Adam, AdamW or another first-order optimizer."
             )
 
 

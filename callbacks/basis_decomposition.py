@@ -34,8 +34,8 @@ class BasisDecomposition(Callback):
         trainable: Name patterns of modules that stay trainable although they are in the backbone.
         include: Name patterns of the layers to decompose, relative to `backbone`. Default: all.
         exclude: Name patterns of layers not to decompose, relative to `backbone`.
-        metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation`` orders
-            them by what they contribute to the layers' outputs on the first training batches.
+        metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation``
+            orders them by what they contribute to the layers' outputs on the first training batches.
         calibration_batches: Batches that the activation metric reads before training.
         batch_norm: What trains of the batch norms: ``frozen`` (nothing), ``stats`` (running statistics only),
             ``affine`` (weight and bias only), ``all``.
@@ -77,8 +77,8 @@ class BasisDecomposition(Callback):
         if not _has_layers(target):
             raise ValueError(
                 "`BasisDecomposition` found no convolution or linear layer in "
-                f"{self.backbone or type(pl_module).__name__}: build the network in `__init__` or `configure_model` of "
-                "the LightningModule, not in `setup`, which runs after the callbacks' own."
+                f"{self.backbone or type(pl_module).__name__}: build the network in `__init__` or `configure_model` "
+                "of the LightningModule, not in `setup`, which runs after the callbacks' own."
             )
         head = find_head(pl_module)
         if not named_pairs(target):
@@ -111,12 +111,12 @@ class BasisDecomposition(Callback):
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
             moments = OutputMoments(pairs)
             with moments.collecting(pl_module):
-                for batch in islice(trainer.train_dataloader, self.calibration_batches):
+                for batch in islice(trainer.train_dataloader or (), self.calibration_batches):
                     images = first_tensor(trainer.strategy.batch_to_device(batch))
                     if images is None:
                         raise ValueError(
-                            "`metric: activation` reads the first floating-point tensor of a training batch, and there is "
-                            "none; use `metric: euclidean`."
+                            "`metric: activation` reads the first floating-point tensor of a training batch, and there "
+                            "is none; use `metric: euclidean`."
                         )
                     pl_module(images)
             rebase(pairs, moments.compute())
@@ -139,7 +139,8 @@ class BasisDecomposition(Callback):
         except AttributeError as error:
             children = [name for name, _ in pl_module.named_children()]
             raise ValueError(
-                f"`backbone={self.backbone!r}` is no submodule of {type(pl_module).__name__}; its children are {children}."
+                f"`backbone={self.backbone!r}` is no submodule of {type(pl_module).__name__}; its children are "
+                f"{children}."
             ) from error
 
     def _freeze(self, pl_module: LightningModule, target: nn.Module, head: str | None) -> None:
@@ -172,8 +173,9 @@ class BasisDecomposition(Callback):
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         done = self.decomposition or Decomposition({}, {})
         rank_zero_info(
-            f"bsdp: {len(named_pairs(pl_module))} layers decomposed; {trains:,} parameters train ({scales:,} of them scaling "
-            f"factors, the rest head and what `trainable`, `batch_norm` and `train_bias` ask for), {frozen:,} are frozen"
+            f"bsdp: {len(named_pairs(pl_module))} layers decomposed; {trains:,} parameters train ({scales:,} of them "
+            "scaling factors, the rest head and what `trainable`, `batch_norm` and `train_bias` ask for), "
+            f"{frozen:,} are frozen"
         )
         reasons: dict[str, list[str]] = {}
         for name, reason in done.skipped.items():
@@ -185,5 +187,3 @@ class BasisDecomposition(Callback):
 
 def _has_layers(module: nn.Module) -> bool:
     return find_head(module) is not None
-
-

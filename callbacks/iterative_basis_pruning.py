@@ -6,6 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
 import bsdp
 from bsdp._checks import check_at_least
 from bsdp.callbacks._measuring import measure_module_cost, only_network
@@ -16,12 +21,9 @@ from bsdp.probing import first_tensor
 from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
 from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
 
 _FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken
+_UNKNOWN_STRIDE = 50  # and every which batch, when the length of an epoch is not known
 
 
 class IterativeBasisPruning(Callback):
@@ -49,13 +51,13 @@ class IterativeBasisPruning(Callback):
         target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
         target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``bases``.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs`.
-        schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left) or
-            ``constant`` (the same share of the original).
+        schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left)
+            or ``constant`` (the same share of the original).
         warmup_epochs: Epochs before the first cut; they give the reference value.
         epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
         importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``energy`` or ``magnitude``.
-        ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of cost,
-            ``hull`` cuts a layer only where it gets below its break-even rank.
+        ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of
+            cost, ``hull`` cuts a layer only where it gets below its break-even rank.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
             null: prune to the budget whatever happens.
         monitor: Name of the logged validation metric.
@@ -136,8 +138,8 @@ class IterativeBasisPruning(Callback):
         refuse_unsupported(trainer, self)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
             raise ValueError(
-                "`IterativeBasisPruning(tolerance=...)` needs validation metrics, which `Trainer(barebones=True)` does not "
-                "give. Set `tolerance: null` to prune to the budget alone, or leave `barebones` out."
+                "`IterativeBasisPruning(tolerance=...)` needs validation metrics, which `Trainer(barebones=True)` does "
+                "not give. Set `tolerance: null` to prune to the budget alone, or leave `barebones` out."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,7 +153,8 @@ class IterativeBasisPruning(Callback):
             )
         part = pl_module.get_submodule(network) if network else pl_module
         new_bias = self.settings.mean_to_bias
-        cost, shapes = bsdp.measure_cost(part, new_bias=new_bias), []
+        cost = bsdp.measure_cost(part, new_bias=new_bias)
+        shapes: list[list[int]] = []
         if pl_module.example_input_array is not None:
             cost, shapes = measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
         self.pruner = IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
@@ -199,8 +202,8 @@ class IterativeBasisPruning(Callback):
         if epochs is not None and needed > epochs:
             raise ValueError(
                 f"the pruning schedule needs {needed} epochs (`warmup_epochs={settings.warmup_epochs}` + "
-                f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops after "
-                f"{epochs}: raise `max_epochs` or lower one of them."
+                f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops "
+                f"after {epochs}: raise `max_epochs` or lower one of them."
             )
         return PruningSettings(**{**vars(settings), "rounds": rounds})
 
@@ -223,7 +226,8 @@ class IterativeBasisPruning(Callback):
             self._measure(trainer, pl_module, batch)
         self._cut_if_due(trainer, pl_module)  # a run resumed at an epoch's end skips `on_train_epoch_start`
         self._detach()
-        stride = max(1, int(trainer.num_training_batches) // _FEATURE_BATCHES) if trainer.num_training_batches != math.inf else 50
+        batches = trainer.num_training_batches
+        stride = _UNKNOWN_STRIDE if batches == math.inf else max(1, int(batches) // _FEATURE_BATCHES)
         if (self.settings.mean_to_bias or self.settings.importance == "energy") and batch_idx % stride == 0:
             self._handles = pruner.statistics.attach()
 
@@ -287,8 +291,8 @@ class IterativeBasisPruning(Callback):
         if chosen.round == 0 and len(self.record.rounds) > 1:
             rank_zero_warn(
                 f"no pruned model was within `tolerance={self.settings.tolerance}` of the reference "
-                f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more rounds, "
-                "or allow a larger tolerance."
+                f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more "
+                "rounds, or allow a larger tolerance."
             )
         rank_zero_info(f"bsdp: finished with the model of round {chosen.round}: {params:.1%} of the parameters kept")
         if self.save_pruned:
@@ -326,8 +330,9 @@ class IterativeBasisPruning(Callback):
                 return None
             logged = sorted(k for k in trainer.callback_metrics if not k.startswith("bsdp/"))
             raise ValueError(
-                f"`IterativeBasisPruning(monitor={self.monitor!r})` is never logged in validation; logged are {logged}. "
-                "Name one of them (with the matching `mode`), log it in `validation_step`, or set `tolerance: null`."
+                f"`IterativeBasisPruning(monitor={self.monitor!r})` is never logged in validation; logged are "
+                f"{logged}. Name one of them (with the matching `mode`), log it in `validation_step`, or set "
+                "`tolerance: null`."
             )
         return float(value)
 
@@ -364,7 +369,8 @@ class IterativeBasisPruning(Callback):
             kept = {kind: self.record.kept(last, kind) for kind in ("params", "macs")}
             shown = ", ".join(f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None)
             rank_zero_info(
-                f"bsdp: epoch {trainer.current_epoch}: round {last.round} of {pruner.settings.rounds} leaves {shown}, {last.bases} bases"
+                f"bsdp: epoch {trainer.current_epoch}: round {last.round} of {pruner.settings.rounds} leaves {shown}, "
+                f"{last.bases} bases"
             )
 
     def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -426,4 +432,3 @@ def _rewrap(trainer: Trainer) -> None:
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.model = trainer.strategy.lightning_module
         trainer.strategy.configure_ddp()
-

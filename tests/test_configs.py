@@ -76,7 +76,17 @@ def test_quickstart_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[
     wanted["trainer"] |= {"max_epochs": 6, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 2}
     assert cli.main(["fit", "--config", write(folder / "quick.yaml", wanted)]) == 0
     shown = capsys.readouterr().out
-    for word in ("accuracy", "parameters", "MACs", "file", "latency", "original", "pruned", "pruned / original", "layer1"):
+    for word in (
+        "accuracy",
+        "parameters",
+        "MACs",
+        "file",
+        "latency",
+        "original",
+        "pruned",
+        "pruned / original",
+        "layer1",
+    ):
         assert word in shown, word
     run = folder / "logs" / "quickstart" / "version_0"
     names = {path.name for path in run.iterdir()}

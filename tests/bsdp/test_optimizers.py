@@ -12,7 +12,8 @@ from tests.helpers.nets import ConvNet
 
 def test_successor_joins_the_group_of_what_it_replaced() -> None:
     model = ConvNet()
-    optimizer = torch.optim.SGD([{"params": [model.conv1.weight]}, {"params": [model.conv2.weight, model.head.weight]}], lr=0.1)
+    second = [model.conv2.weight, model.head.weight]
+    optimizer = torch.optim.SGD([{"params": [model.conv1.weight]}, {"params": second}], lr=0.1)
     replaced = bsdp.decompose(model).replaced
     pairs = [(old.weight, pair.scaling.delta) for old, pair in replaced.values()]
     assert adopt_parameters([optimizer], pairs, model) == []

@@ -138,13 +138,13 @@ def test_cut_without_scores_is_skipped_with_a_warning() -> None:
 
 
 def test_warns_when_the_last_round_cannot_reach_the_budget() -> None:
-    model, pruner = make(rounds=1, max_layer_ratio=0.05, importance="magnitude")
+    _, pruner = make(rounds=1, max_layer_ratio=0.05, importance="magnitude")
     with pytest.warns(UserWarning, match="did not reach the budget"):
         pruner.cut(1)
 
 
 def test_plain_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="call `bsdp.decompose` first"):
+    with pytest.raises(ValueError, match=r"call `bsdp\.decompose` first"):
         IterativePruner(ConvNet(), PruningSettings(), bsdp.ModelCost())
 
 

@@ -56,7 +56,8 @@ class Signals(Classifier):
         conv = nn.Conv1d if dims == 1 else nn.Conv3d
         pool = nn.AdaptiveAvgPool1d if dims == 1 else nn.AdaptiveAvgPool3d
         first = conv(8 if dims == 1 else 1, 12, 3, padding=1)
-        self.network = nn.Sequential(first, nn.ReLU(), conv(12, 12, 3, padding=1), pool(1), nn.Flatten(), nn.Linear(12, 4))
+        second = conv(12, 12, 3, padding=1)
+        self.network = nn.Sequential(first, nn.ReLU(), second, pool(1), nn.Flatten(), nn.Linear(12, 4))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.flatten(1, 2) if self.dims == 1 else images.unsqueeze(2))
@@ -110,7 +111,10 @@ def test_activation_metric_keeps_the_function_and_reorders_the_bases(tmp_path: P
     assert not torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-3)
 
 
-@pytest.mark.parametrize(("mode", "stats", "affine"), [("frozen", 0, 0), ("stats", 1, 0), ("affine", 0, 1), ("all", 1, 1)])
+MODES = [("frozen", 0, 0), ("stats", 1, 0), ("affine", 0, 1), ("all", 1, 1)]
+
+
+@pytest.mark.parametrize(("mode", "stats", "affine"), MODES)
 def test_batch_norm_modes(tmp_path: Path, mode: Any, stats: bool, affine: bool) -> None:
     module = WithBatchNorm()
     norm = module.network[0][1]
@@ -160,11 +164,9 @@ def test_network_of_configure_model(tmp_path: Path) -> None:
 
 def test_optimizer_built_before_setup_adopts_the_scales(tmp_path: Path) -> None:
     module = Classifier()
-    early = torch.optim.AdamW(
-        [{"params": [p for p in module.parameters() if p.dim() > 1], "lr": 0.05}, {"params": [p for p in module.parameters() if p.dim() == 1]}],
-        lr=0.01,
-        weight_decay=0.0,
-    )
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    biases = [p for p in module.parameters() if p.dim() == 1]
+    early = torch.optim.AdamW([{"params": weights, "lr": 0.05}, {"params": biases}], lr=0.01, weight_decay=0.0)
     module.configure_optimizers = lambda: early  # type: ignore[method-assign]
     fit(module, [BasisDecomposition()], tmp_path)
     held = {id(p) for group in early.param_groups for p in group["params"]}
@@ -204,7 +206,8 @@ class TestRefusals:
 
     def test_optimizer_without_any_scale(self, tmp_path: Path) -> None:
         module = Classifier()
-        module.configure_optimizers = lambda: torch.optim.SGD(module.network[3].parameters(), lr=0.1)  # type: ignore[method-assign]
+        head = module.network[3]
+        module.configure_optimizers = lambda: torch.optim.SGD(head.parameters(), lr=0.1)  # type: ignore[method-assign]
         with pytest.raises(ValueError, match=r"no optimizer holds the scaling factors of 2 layers"):
             fit(module, [BasisDecomposition()], tmp_path)
 

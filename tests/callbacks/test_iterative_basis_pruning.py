@@ -162,7 +162,13 @@ def test_logged_keys(tmp_path: Path) -> None:
     pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
     trainer = fit(Classifier(), pruning, tmp_path, max_epochs=3)
     kinds = [f"bsdp/{kind}{end}" for kind in ("bases", "params", "macs") for end in ("", "_kept")]
-    expected = {"bsdp/round", "bsdp/accuracy_before", "bsdp/accuracy_after", *kinds, *(f"bsdp/rank/{n}" for n in LAYERS)}
+    expected = {
+        "bsdp/round",
+        "bsdp/accuracy_before",
+        "bsdp/accuracy_after",
+        *kinds,
+        *(f"bsdp/rank/{n}" for n in LAYERS),
+    }
     logged = rows(trainer)
     assert {key for key in logged[0] if key.startswith("bsdp/")} == expected
     per_epoch = {int(r["epoch"]): r for r in logged if r["bsdp/params"]}
@@ -240,7 +246,13 @@ def test_resume_goes_on_with_ranks_schedule_and_record(tmp_path: Path) -> None:
 
 def test_files_of_an_earlier_run_are_not_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
-        fit(Classifier(), IterativeBasisPruning(target=0.5, rounds=1, tolerance=None), tmp_path, max_epochs=2, logger=False)
+        fit(
+            Classifier(),
+            IterativeBasisPruning(target=0.5, rounds=1, tolerance=None),
+            tmp_path,
+            max_epochs=2,
+            logger=False,
+        )
     assert {p.name for p in tmp_path.glob("pruned*")} == {
         *("pruned.ckpt", "pruned.safetensors", "pruned-v1.ckpt", "pruned-v1.safetensors")
     }
@@ -346,7 +358,9 @@ class TestRefusals:
         fit(Classifier(), IterativeBasisPruning(target=0.5, tolerance=None), tmp_path, limit_val_batches=0)
 
     def test_barebones(self, tmp_path: Path) -> None:
-        trainer = Trainer(barebones=True, max_epochs=3, accelerator="cpu", callbacks=[IterativeBasisPruning(), BasisDecomposition()])
+        trainer = Trainer(
+            barebones=True, max_epochs=3, accelerator="cpu", callbacks=[IterativeBasisPruning(), BasisDecomposition()]
+        )
         with pytest.raises(ValueError, match="barebones"):
             trainer.fit(Classifier(), datamodule=Stripes())
 
