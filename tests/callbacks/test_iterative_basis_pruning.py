@@ -216,6 +216,7 @@ def test_test_of_a_larger_checkpoint_after_more_pruning(tmp_path: Path) -> None:
     assert ranks(module) == [9, 24]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resume_goes_on_with_ranks_schedule_and_record(tmp_path: Path) -> None:
     def settings() -> IterativeBasisPruning:
         return IterativeBasisPruning(target=0.6, rounds=3, tolerance=0.9)
