@@ -88,7 +88,7 @@ def pruned_values(folder: Path) -> dict[str, Any]:
 def finetuned_values(folder: Path, name: str) -> dict[str, Any]:
     """Test accuracy of the best validation epoch of an unpruned run."""
     best = next(path for path in (ROOT / folder / "checkpoints").glob("*.ckpt") if path.stem != "last")
-    call(["test", "--ckpt_path", str(best.relative_to(ROOT)), "--config", f"{folder}/config.yaml", "--name", name])
+    call(["test", "--config", f"{folder}/config.yaml", "--ckpt_path", str(best.relative_to(ROOT)), "--name", name])
     written = max((ROOT / folder).parent.glob("test/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     with written.open() as file:
         accuracy = float(next(row for row in csv.DictReader(file) if row.get("test_accuracy"))["test_accuracy"])

@@ -50,6 +50,7 @@ class Backbone:
 
 
 def build_own(spec: str, name: str, published: str | None, pretrained: bool) -> Backbone:
+    """Build a network of this package, with random weights; the options are those of `build_torchvision`."""
     factory, normalization = OWN[name]
     network = factory()
     head = find_head(network, num_classes=10, spec=spec)
@@ -57,6 +58,14 @@ def build_own(spec: str, name: str, published: str | None, pretrained: bool) -> 
 
 
 def build_torchvision(spec: str, name: str, published: str | None, pretrained: bool) -> Backbone:
+    """Build a classification model of torchvision.
+
+    Args:
+        spec: ``torchvision:name``, for errors.
+        name: Name of the model.
+        published: Name of the published weights to download; None for random weights.
+        pretrained: Weights follow, published ones or a file.
+    """
     from torchvision import models
 
     options: dict[str, Any] = {}
@@ -92,6 +101,7 @@ def build_torchvision(spec: str, name: str, published: str | None, pretrained: b
 
 
 def build_timm(spec: str, name: str, published: str | None, pretrained: bool) -> Backbone:
+    """Build a model of timm; the options are those of `build_torchvision`."""
     timm = import_timm()
     full = name if published in (None, "default") else f"{name.split('.')[0]}.{published}"
     try:
@@ -112,6 +122,7 @@ def build_timm(spec: str, name: str, published: str | None, pretrained: bool) ->
 
 
 def import_timm() -> Any:
+    """Import timm, or say which extra brings it."""
     try:
         import timm
     except ImportError as error:

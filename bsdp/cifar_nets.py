@@ -30,10 +30,12 @@ class PadShortcut(nn.Module):
         self.after = out_channels - in_channels - self.before
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, in_channels, h, w]`` to ``[batch, out_channels, h / stride, w / stride]``."""
         x = x[..., :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:
+        """Show stride and zeros in ``print(model)``."""
         return f"stride={self.stride}, zeros=({self.before}, {self.after})"
 
 
@@ -66,6 +68,7 @@ class CifarBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the two convolutions to the shortcut."""
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         out: Tensor = self.relu(y + self.downsample(x))
@@ -96,6 +99,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Give the class scores, ``[batch, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))

@@ -80,7 +80,7 @@ def _run(word: str, rest: list[str]) -> None:
 
         with warnings.catch_warnings():
             silence_third_parties(resume=word == "fit")
-            TransferCLI([word, *_with_run_config(_resolve_configs(rest))])
+            TransferCLI([word, *_with_run_config(_files_first(_resolve_configs(rest)))])
     elif word in COMMANDS:
         from jsonargparse import auto_cli
 
@@ -128,6 +128,20 @@ def _resolve_configs(args: list[str]) -> list[str]:
         elif position + 1 < len(args):
             resolved[position + 1] = _resolve_config(args[position + 1])
     return resolved
+
+
+def _files_first(args: list[str]) -> list[str]:
+    """Put every ``--config`` before the other options, which then win: a file's ``ckpt_path: null`` must not hide one."""
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(args)
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option in ("--config", "-c"):
+            files += [word] if equals else [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            others.append(word)
+    return files + others
 
 
 def _resolve_config(value: str) -> str:

@@ -137,7 +137,7 @@ def load_state(network: nn.Module, file: WeightFile, *, spec: str, may_lack: str
     own = network.state_dict()
     state = {key: value for key, value in file.state.items() if key in own or key.split(".")[0] not in extra}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    if missing and not any(key.split(".")[0] == may_lack for key in state):
+    if not any(key.split(".")[0] == may_lack for key in state):
         missing = [key for key in missing if key.split(".")[0] != may_lack]
     unexpected = [key for key in state if key not in own]
     shapes = [

@@ -22,12 +22,7 @@ def network_of(pl_module: LightningModule, name: str) -> nn.Module:
 
 def fold_network(pl_module: LightningModule, name: str) -> nn.Module:
     """A plain copy of the network that the module holds now, in eval mode."""
-    trainer = pl_module._trainer  # the property raises without one; a copy of the module must not copy the trainer
-    pl_module.trainer = None
-    try:
-        return bsdp.fold(network_of(pl_module, name)).eval()
-    finally:
-        pl_module.trainer = trainer
+    return bsdp.fold(network_of(pl_module, name)).eval()
 
 
 def file_sizes(original: nn.Module, network: nn.Module, written: Path | None) -> dict[str, int]:

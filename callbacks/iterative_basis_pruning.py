@@ -22,8 +22,8 @@ from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
 from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord
 
-_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken
-_UNKNOWN_STRIDE = 50  # and every which batch, when the length of an epoch is not known
+_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
+_UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
 
 
 class IterativeBasisPruning(Callback):
@@ -227,7 +227,7 @@ class IterativeBasisPruning(Callback):
         self._cut_if_due(trainer, pl_module)  # a run resumed at an epoch's end skips `on_train_epoch_start`
         self._detach()
         batches = trainer.num_training_batches
-        stride = _UNKNOWN_STRIDE if batches == math.inf else max(1, int(batches) // _FEATURE_BATCHES)
+        stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
         if (self.settings.mean_to_bias or self.settings.importance == "energy") and batch_idx % stride == 0:
             self._handles = pruner.statistics.attach()
 

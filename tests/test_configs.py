@@ -110,7 +110,7 @@ def test_quickstart_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[
     # and `test` gives the accuracy that the fit reported, with the run's config and without
     limit = "--trainer.limit_test_batches=2"
     for words in (["--config", str(run / "config.yaml")], []):
-        assert cli.main(["test", *words, "--ckpt_path", str(run / "pruned.ckpt"), limit]) == 0
+        assert cli.main(["test", "--ckpt_path", str(run / "pruned.ckpt"), *words, limit]) == 0
         tested = sorted(folder.glob("logs/**/test/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)[-1]
         header_row, values = (line.split(",") for line in tested.read_text().splitlines()[:2])
         accuracy = float(dict(zip(header_row, values, strict=True))["test_accuracy"])

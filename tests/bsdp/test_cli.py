@@ -327,6 +327,11 @@ def test_packaged_configs_are_found_by_name(folder: Path, capsys: pytest.Capture
     assert "'resnet20_cifr' is no file" in refused(["fit", "--config", "resnet20_cifr"], capsys)
 
 
+def test_options_win_over_files_wherever_they_stand() -> None:
+    words = ["--name", "x", "--config", "a.yaml", "--ckpt_path=last", "-c=b.yaml", "--config"]
+    assert cli._files_first(words) == ["--config", "a.yaml", "-c=b.yaml", "--config", "--name", "x", "--ckpt_path=last"]
+
+
 def test_base_config_composes_with_pieces(folder: Path) -> None:
     piece = {"trainer": {"callbacks+": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]}}
     (folder / "piece.yaml").write_text(yaml.safe_dump(piece))

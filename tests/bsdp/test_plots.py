@@ -78,8 +78,10 @@ def test_the_file_is_a_picture_and_a_failed_one_leaves_nothing(tmp_path: Path) -
     record = make_record(layers=2, rounds=1)
     path = plot_pruning_curves(record, tmp_path / "new" / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG") and list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="nope"):
-        plot_pruning_curves(record, tmp_path / "curves.nope")
+    (tmp_path / "new" / "folder.png").mkdir()
+    with pytest.raises(OSError, match=r"folder\.png"):
+        plot_pruning_curves(record, tmp_path / "new" / "folder.png")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["curves.png", "folder.png"]
     record.rounds.clear()
     with pytest.raises(ValueError, match="`record`"):
         plot_pruning_curves(record, path)

@@ -159,7 +159,7 @@ def test_output_that_is_not_unicode_gets_ascii() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_summary(summarize(make_record(layers=3, rounds=2), MEASURED), console=Console(file=stream, width=100))
     stream.flush()
-    assert "##" in stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "##" in stream.buffer.getvalue().decode("ascii")
 
 
 def _layer(name: str, rank: int = 2, kind: str = "pair") -> dict[str, Any]:

@@ -298,7 +298,7 @@ def test_checkpoint_loads_without_the_pretrained_file(tmp_path: Path) -> None:
 
     assert torch.equal(loaded.eval()(images), expected)
     assert (loaded.num_classes, loaded.hparams["weights"]) == (3, str(weights))
-    with pytest.raises(FileNotFoundError, match="pretrained.pth"):
+    with pytest.raises(FileNotFoundError, match=r"pretrained\.pth"):
         task(weights=str(weights))
 
 
