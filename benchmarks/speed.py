@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py [--backbone bsdp:resnet20] [--image-size 32] [--images 1024] [--repeats 5]
 
-Both trainers train the same decomposed, frozen network on random images, in turn, so that both see the same machine. Times
-are processor times of this process, which other load on the machine disturbs less than wall times. No cut is made.
+Both trainers train the same decomposed, frozen network on random images, in turn, so that both see the same machine.
+Times are processor times of this process, which other load on the machine disturbs less than wall times. No cut is
+made.
 """
 
 import argparse
@@ -55,7 +56,10 @@ def main() -> None:
             trainer = Trainer(
                 max_epochs=3,
                 callbacks=[clock, StopAfter(2), BasisDecomposition(), *(pruning if name == "with" else [])],
-                **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
             )
             trainer.fit(task, DataLoader(data, options.batch_size))
             times.append(clock.seconds[1])

@@ -4,6 +4,7 @@
 `bsdp.datamodules`.
 """
 
+from bsdp.calibration import collect_output_moments, rebase
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.files import load, read_metadata, save
@@ -11,9 +12,12 @@ from bsdp.folding import fold, fold_pair
 from bsdp.freezing import fixed_batch_norms, freeze
 from bsdp.importance import FeatureStatistics, ScoreAccumulator
 from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
+from bsdp.optimizers import adopt_parameters
+from bsdp.plots import plot_pruning_curves
 from bsdp.pruner import IterativePruner, PruningSettings
 from bsdp.pruning import prune
 from bsdp.record import PruningRecord, RoundRecord
+from bsdp.report import summarize
 from bsdp.schedules import kept_share
 from bsdp.selection import PruningPlan, select
 from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_latency
@@ -34,6 +38,8 @@ __all__ = [
     "PruningSettings",
     "RoundRecord",
     "ScoreAccumulator",
+    "adopt_parameters",
+    "collect_output_moments",
     "decompose",
     "describe",
     "fixed_batch_norms",
@@ -48,10 +54,13 @@ __all__ = [
     "measure_latency",
     "named_pairs",
     "pair_from_layer",
+    "plot_pruning_curves",
     "prune",
     "read_metadata",
+    "rebase",
     "rebuild",
     "save",
     "select",
     "structure_of",
+    "summarize",
 ]

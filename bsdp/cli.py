@@ -131,7 +131,7 @@ def _resolve_configs(args: list[str]) -> list[str]:
 
 
 def _files_first(args: list[str]) -> list[str]:
-    """Put every ``--config`` before the other options, which then win: a file's ``ckpt_path: null`` must not hide one."""
+    """Put every ``--config`` before the other options, so that a file's ``ckpt_path: null`` does not hide one."""
     files: list[str] = []
     others: list[str] = []
     words = iter(args)

@@ -91,7 +91,7 @@ def _gains(summary: Mapping[str, Any]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, title="What pruning gained", title_justify="left")
     table.add_column("")
-    for column in ("original", "pruned", "pruned / original"):
+    for column in ("original", "pruned", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row(*_metric_row(summary))
     for label, key, words in (

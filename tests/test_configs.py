@@ -84,7 +84,7 @@ def test_quickstart_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[
         "latency",
         "original",
         "pruned",
-        "pruned / original",
+        "ratio",
         "layer1",
     ):
         assert word in shown, word

@@ -332,7 +332,7 @@ class TestRefusals:
 
     def test_not_decomposed(self, tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, [IterativeBasisPruning()])
-        with pytest.raises(ValueError, match="add `bsdp.callbacks.BasisDecomposition"):
+        with pytest.raises(ValueError, match=r"add `bsdp\.callbacks\.BasisDecomposition"):
             trainer.fit(Classifier(), datamodule=Stripes())
 
     def test_target_out_of_reach(self, tmp_path: Path) -> None:
