@@ -86,6 +86,17 @@ def test_move_hooks_moves_all_kinds_and_handles_still_remove() -> None:
     assert calls == []  # the two share no table
 
 
+def test_a_hook_that_is_always_called_is_called_after_an_error_in_its_new_place_too() -> None:
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    calls: list[str] = []
+    old.register_forward_hook(lambda m, i, o: calls.append("always"), always_call=True)
+    old.register_forward_hook(lambda m, i, o: calls.append("on success"))
+    move_hooks(old, new)
+    with pytest.raises(RuntimeError):
+        new(torch.randn(1, 3))
+    assert calls == ["always"]
+
+
 def test_has_forward_pre_hooks() -> None:
     layer = nn.Linear(2, 2)
     layer.register_forward_hook(lambda m, i, o: None)
