@@ -122,7 +122,6 @@ class IterativeBasisPruning(Callback):
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
         self._handles: list[Any] = []
-        self._batches = 1
 
     @property
     def record(self) -> PruningRecord:
@@ -159,6 +158,8 @@ class IterativeBasisPruning(Callback):
             cost, shapes = measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
         self.pruner = IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
         self.record.input_shapes = shapes
+        ceiling = 1.0 - cost.kept_at_rank_one("params")
+        rank_zero_info(f"bsdp: with rank 1 in every decomposed layer, {ceiling:.1%} of the parameters would be gone")
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
             self._loaded = None
