@@ -1,4 +1,7 @@
-"""The real runs of RESULTS.md: each experiment pruned, and fine-tuned without pruning for the same epochs and seeds.
+"""The real runs of RESULTS.md: each experiment pruned, and fine-tuned without pruning, for the same epochs and seeds.
+
+Methods: ``bsdp`` prunes the pretrained network while it is transferred, ``tuned`` fine-tunes all weights for half of the
+epochs and prunes in the other half, ``finetune`` fine-tunes all weights for all epochs.
 
     BSDP_DATA=<folder> python benchmarks/transfer.py run --experiment mnist_resnet56 --seeds 0 1
     python benchmarks/transfer.py table
@@ -21,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXPERIMENTS = ("mnist_resnet56", "fashion_mnist_resnet56", "cifar10_resnet56", "caltech20_mobilenet_v2")
-METHODS = ("bsdp", "finetune")
+METHODS = ("bsdp", "tuned", "finetune")
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="run what is missing")
     run.add_argument("--experiment", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    run.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    run.add_argument("--method", nargs="+", choices=METHODS, default=["bsdp", "finetune"])
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     run.set_defaults(action=run_missing)
     commands.add_parser("table", help="print the results as Markdown").set_defaults(action=print_table)
@@ -54,16 +57,24 @@ def run_missing(options: argparse.Namespace) -> None:
 
 def run_one(experiment: str, seed: int, method: str) -> dict[str, Any]:
     """One fit on the command line, and what it reported."""
-    configs = ["--config", f"configs/experiment/{experiment}.yaml"]
+    start, name = time.monotonic(), f"benchmarks/{experiment}_{method}"
+    common = ["--config", f"configs/experiment/{experiment}.yaml", "--seed_everything", str(seed), "--name", name]
+    finetune = ["fit", *common, "--config", "configs/experiment/finetune.yaml"]
+    words, epochs = ["fit", *common], 0
     if method == "finetune":
-        configs += ["--config", "configs/experiment/finetune.yaml"]
-    name = f"benchmarks/{experiment}_{method}"
-    words = ["fit", *configs, "--seed_everything", str(seed), "--name", name]
-    start = time.monotonic()
+        words = finetune
+    elif method == "tuned":
+        first = Path(line_after(call([*finetune, "--trainer.max_epochs", "12"]), "Run folder: "))
+        words += ["--config", "configs/experiment/prune_tuned.yaml"]
+        words += [
+            "--model.weights",
+            f"{first.relative_to(ROOT) if first.is_absolute() else first}/checkpoints/last.ckpt",
+        ]
+        epochs = epochs_of(first)
     folder = Path(line_after(call(words), "Run folder: "))
     minutes = (time.monotonic() - start) / 60
-    row = {"task": experiment, "method": method, "seed": seed, "epochs": epochs_of(folder)}
-    row |= pruned_values(folder) if method == "bsdp" else finetuned_values(folder, name)
+    row = {"task": experiment, "method": method, "seed": seed, "epochs": epochs + epochs_of(folder)}
+    row |= finetuned_values(folder, name) if method == "finetune" else pruned_values(folder)
     asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return row | {
         "minutes": round(minutes, 1),
@@ -132,18 +143,22 @@ def write_rows(experiment: str, rows: list[dict[str, Any]]) -> None:
 
 def print_table(_options: argparse.Namespace) -> None:
     """One Markdown row per experiment: means, and the spread as lowest to highest over seeds."""
-    titles = ("experiment", "seeds", "fine-tuned, unpruned", "reference", "pruned", "parameters gone", "MACs gone")
-    print(f"| {' | '.join(titles)} | latency ratio |\n{'| --- ' * (len(titles) + 1)}|")
+    titles = ("experiment", "method", "seeds", "fine-tuned, unpruned", "reference", "pruned", "parameters gone")
+    print(f"| {' | '.join(titles)} | MACs gone | latency ratio |\n{'| --- ' * (len(titles) + 2)}|")
     for experiment in EXPERIMENTS:
         rows = read_rows(experiment)
-        pruned = [row for row in rows if row["method"] == "bsdp"]
-        tuned = [row["accuracy"] for row in rows if row["method"] == "finetune"]
-        if pruned:
+        finetuned = [row["accuracy"] for row in rows if row["method"] == "finetune"]
+        for method in ("bsdp", "tuned"):
+            pruned = [row for row in rows if row["method"] == method]
+            if not pruned:
+                continue
             gone = [[1.0 - row[key] for row in pruned] for key in ("params_ratio", "macs_ratio")]
-            cells = [tuned, *([row[key] for row in pruned] for key in ("accuracy_reference", "accuracy")), *gone]
+            cells = [finetuned, *([row[key] for row in pruned] for key in ("accuracy_reference", "accuracy")), *gone]
             seeds = ", ".join(str(row["seed"]) for row in pruned)
             latency = spread([row["latency_ratio"] for row in pruned], "{:.2f}")
-            print(f"| {experiment} | {seeds} | {' | '.join(spread(c, '{:.1%}') for c in cells)} | {latency} |")
+            print(
+                f"| {experiment} | {method} | {seeds} | {' | '.join(spread(c, '{:.1%}') for c in cells)} | {latency} |"
+            )
 
 
 def spread(values: list[float], form: str) -> str:
