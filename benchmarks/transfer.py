@@ -1,7 +1,7 @@
 """The real runs of RESULTS.md: each experiment pruned, and fine-tuned without pruning, for the same epochs and seeds.
 
-Methods: ``bsdp`` prunes the pretrained network while it is transferred, ``tuned`` fine-tunes all weights for half of the
-epochs and prunes in the other half, ``finetune`` fine-tunes all weights for all epochs.
+Methods: ``bsdp`` prunes the pretrained network while it is transferred, ``tuned`` fine-tunes all weights for half of
+the epochs and prunes in the other half, ``finetune`` fine-tunes all weights for all epochs.
 
     BSDP_DATA=<folder> python benchmarks/transfer.py run --experiment mnist_resnet56 --seeds 0 1
     python benchmarks/transfer.py table

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 COMPLETE = [path for path in FILES if {"model", "data", "trainer"} <= yaml.safe_load(path.read_text()).keys()]
 PIECES = [path for path in FILES if path not in COMPLETE and path.parent.name not in ("data", "experiment")]
-# `finetune` changes other experiments; configs/data has its own tests in tests/datamodules.
+# `finetune` and `prune_tuned` change other experiments; configs/data has its own tests in tests/datamodules.
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
