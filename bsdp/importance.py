@@ -130,6 +130,10 @@ class FeatureStatistics:
                 self._add(name, *(state[key][name].to(device) for key in ("counts", "sums", "squares")))
 
 
+class NoScoresError(ValueError):
+    """There is nothing to rank by: no step gave finite scores."""
+
+
 class ScoreAccumulator:
     """Accumulates importance over minibatches.
 
@@ -200,7 +204,8 @@ class ScoreAccumulator:
             ``{layer name: [groups * rank]}``, float32.
 
         Raises:
-            ValueError: If nothing was accumulated.
+            NoScoresError: If no finite gradient was accumulated.
+            ValueError: If `statistics` lacks a layer that ``"energy"`` needs.
         """
         if self.importance == "magnitude":
             return {n: magnitude(p.scale, column_norms(p)).float() for n, p in self.pairs.items()}
@@ -214,8 +219,11 @@ class ScoreAccumulator:
                 )
             return {n: energy(p.scale, column_norms(p), moments[n]).float() for n, p in self.pairs.items()}
         if self._sum is None or float(self._steps) == 0:  # a mean over processes may lie between 0 and 1
-            raise ValueError("no finite gradient was accumulated: call `update` after each backward pass.")
-        return dict(zip(self.pairs, torch.split(self._sum / self._steps, self._sizes), strict=True))
+            raise NoScoresError("no finite gradient was accumulated: call `update` after each backward pass.")
+        mean = self._sum / self._steps
+        if not mean.isfinite().all():
+            raise NoScoresError("the scores are NaN or infinite: the loss is exploding.")
+        return dict(zip(self.pairs, torch.split(mean, self._sizes), strict=True))
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by their mean over processes, so that all of them take the same decision."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_choice, check_share
 from bsdp.cost import COST_KINDS, ModelCost
-from bsdp.importance import IMPORTANCES, FeatureStatistics, ScoreAccumulator
+from bsdp.importance import IMPORTANCES, FeatureStatistics, NoScoresError, ScoreAccumulator
 from bsdp.layers import named_pairs
 from bsdp.pruning import drop_stale_optimizer_state, prune
 from bsdp.record import PruningRecord, RoundRecord
@@ -81,10 +82,15 @@ class PruningSettings:
         return self.warmup_epochs + self.rounds * self.epochs_per_round
 
 
-def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
-    """Refuse a target beyond what rank 1 (or `min_rank`) in every layer would remove."""
+def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:
+    """What would be gone with `min_rank` in every layer: the ceiling of any target."""
     ranks = {name: min(settings.min_rank, layer.full_rank) for name, layer in cost.layers.items()}
-    most = 1.0 - cost.deployed(ranks, settings.target_kind) / cost.original(settings.target_kind)
+    return 1.0 - cost.deployed(ranks, settings.target_kind) / cost.original(settings.target_kind)
+
+
+def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
+    """Refuse a target beyond `largest_removable_share`."""
+    most = largest_removable_share(cost, settings)
     if settings.target > most:
         raise ValueError(
             f"`target={settings.target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, "
@@ -145,6 +151,8 @@ class IterativePruner:
         self.statistics = FeatureStatistics(self.pairs)
         self.scheduled = 0  # cuts that were due so far, skipped ones included
         self.failed_rounds = 0
+        self.judged_round = 0  # the newest round that counted in `failed_rounds`
+        self.next_cut = settings.warmup_epochs
         self.stopped = False
         self.candidate: dict[str, Any] | None = None
         self.record = PruningRecord(
@@ -168,10 +176,13 @@ class IterativePruner:
         """Whether no cut was due yet."""
         return self.scheduled == 0
 
+    def begin(self, epoch: int) -> None:
+        """Start the warm-up at an epoch other than 0."""
+        self.next_cut = epoch + self.settings.warmup_epochs
+
     def cut_due(self, epoch: int) -> bool:
         """Whether a cut has to be made before `epoch` (counted from 0) trains."""
-        due = self.settings.warmup_epochs + self.scheduled * self.settings.epochs_per_round
-        return not self.stopped and self.scheduled < self.settings.rounds and epoch >= due
+        return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
 
     def update(self) -> None:
         """Add the scores of the gradients that stand now; once per optimizer step."""
@@ -191,23 +202,22 @@ class IterativePruner:
         """
         settings, cost = self.settings, self.record.cost
         self.scheduled += 1
+        self.next_cut = epoch + settings.epochs_per_round
         try:
             scores = self.scores.compute(self.statistics)
-            kept = kept_share(
-                self.scheduled, rounds=settings.rounds, target=settings.target, schedule=settings.schedule
-            )
-            plan = select(
-                scores,
-                cost,
-                budget=kept * cost.original(settings.target_kind),
-                kind=settings.target_kind,
-                ranking=settings.ranking,
-                min_rank=settings.min_rank,
-                max_layer_ratio=settings.max_layer_ratio,
-            )
-        except ValueError as error:
+        except NoScoresError as error:
             warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
             return False
+        kept = kept_share(self.scheduled, rounds=settings.rounds, target=settings.target, schedule=settings.schedule)
+        plan = select(
+            scores,
+            cost,
+            budget=kept * cost.original(settings.target_kind),
+            kind=settings.target_kind,
+            ranking=settings.ranking,
+            min_rank=settings.min_rank,
+            max_layer_ratio=settings.max_layer_ratio,
+        )
         before = self.record.rounds[-1].accuracy_best if self._last_value is None else self._last_value
         prune(
             self.network,
@@ -229,8 +239,10 @@ class IterativePruner:
     _last_value: float | None = None
 
     def observe(self, value: float) -> None:
-        """Take the monitored value of a validation of the present structure."""
+        """Take the monitored value of a validation of the present structure; NaN and infinity do not count."""
         value = float(value)
+        if not math.isfinite(value):
+            return
         self._last_value = value
         last = self.record.rounds[-1]
         if last.accuracy_after is None:
@@ -258,7 +270,8 @@ class IterativePruner:
         if self.stopped or self.settings.tolerance is None or not self.cut_due(epoch + 1):
             return self.stopped
         last = self.record.rounds[-1]
-        if last.round > 0 and last.accuracy_best is not None:
+        if last.round > self.judged_round and last.accuracy_best is not None:
+            self.judged_round = last.round
             self.failed_rounds = 0 if self.tolerated(last.accuracy_best) else self.failed_rounds + 1
         self.stopped = self.failed_rounds >= self.settings.patience_rounds
         return self.stopped
@@ -270,7 +283,8 @@ class IterativePruner:
             The round the model now has.
         """
         state, index = None, len(self.record.rounds) - 1
-        if self.candidate is not None:
+        newest = self.candidate is not None and self.candidate["round"] == self.record.rounds[-1].round
+        if self.candidate is not None and (newest or self.settings.tolerance is not None):
             state, index = self.candidate["state"], self.candidate["round"]
         elif self.settings.tolerance is not None and self.record.reference_state is not None:
             state, index = self.record.reference_state, 0
@@ -298,6 +312,8 @@ class IterativePruner:
         return {
             "scheduled": self.scheduled,
             "failed_rounds": self.failed_rounds,
+            "judged_round": self.judged_round,
+            "next_cut": self.next_cut,
             "stopped": self.stopped,
             "last_value": self._last_value,
             "candidate": self.candidate,
@@ -310,10 +326,22 @@ class IterativePruner:
         """Continue from `state_dict`; the model must have the ranks of then."""
         self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
         self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
+        self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
         self.candidate = state["candidate"]
         self.scores.load_state_dict(state["scores"])
         self.statistics.load_state_dict(state["statistics"])
-        self.record.load_state_dict(state["record"])
+        record, settings = self.record, self.settings
+        monitor, network = record.monitor, record.network
+        record.load_state_dict(state["record"])
+        if record.chosen is not None:  # a finished run goes on from the round it ended with
+            record.rounds = record.rounds[: record.chosen + 1]
+            record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        if record.tolerance != settings.tolerance:
+            self.failed_rounds, self.stopped = 0, False
+        # What decides from now on are the settings of this run, and reports must say so.
+        record.monitor, record.network, record.mode = monitor, network, settings.mode
+        record.target, record.target_kind = settings.target, settings.target_kind
+        record.tolerance = settings.tolerance
 
     def _better(self, value: float, other: float) -> bool:
         return value > other if self.settings.mode == "max" else value < other

@@ -155,7 +155,12 @@ def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_
         raise ValueError(f"`importance` of layer {name!r} must be finite and non-negative.")
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
-    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
+    # Code that reads the weight without calling the layer needs it whole, and removing bases there saves no MACs.
+    floor = (
+        rank
+        if cost.positions == 0
+        else max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
+    )
     return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), rank - floor)
 
 

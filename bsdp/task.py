@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
 from bsdp.backbones import HeadKind, build_backbone
+from bsdp.layers import BasisPair
 from bsdp.training import cosine_factor, parameter_groups
 from bsdp.weight_files import no_weight_files
 
@@ -113,6 +114,11 @@ class TransferTask(LightningModule):
             from bsdp.structure import rebuild
 
             rebuild(self, checkpoint["bsdp"])
+        elif any(isinstance(module, BasisPair) for module in self.modules()):
+            raise ValueError(
+                "`ckpt_path`: the checkpoint is of a run without decomposition, so a run that decomposes cannot "
+                "continue it. Start a new run with its weights: `--model.weights CHECKPOINT`."
+            )
 
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, if the data tell.

@@ -35,15 +35,14 @@ def measure_module_cost(
         The cost, and the shapes of the network's inputs.
     """
     part: nn.Module = pl_module.get_submodule(network) if network else pl_module
-    parameter = next(part.parameters())
     seen: list[tuple[Any, ...]] = []
     handle = part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     try:
         with evaluating(pl_module):
             if isinstance(example, dict):
-                pl_module(**{k: _move(v, parameter) for k, v in example.items()})
+                pl_module(**{k: as_parameters(v, part) for k, v in example.items()})
             else:
-                pl_module(*(_move(value, parameter) for value in as_inputs(example)))
+                pl_module(*(as_parameters(value, part) for value in as_inputs(example)))
     finally:
         handle.remove()
     if not seen or not all(isinstance(value, Tensor) for value in seen[0]):
@@ -52,7 +51,9 @@ def measure_module_cost(
     return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
 
 
-def _move(value: Any, like: Tensor) -> Any:
-    if not isinstance(value, Tensor):
+def as_parameters(value: Any, module: nn.Module) -> Any:
+    """Bring a tensor to the device, and a floating-point one to the dtype, of a module's parameters."""
+    like = next(module.parameters(), None)
+    if not isinstance(value, Tensor) or like is None:
         return value
     return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)

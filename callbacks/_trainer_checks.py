@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
@@ -41,6 +42,14 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> None:
                 "the optimizer LBFGS is not supported: it evaluates the loss several times per step and keeps a "
                 "history in the shape of all parameters. Use SGD, Adam, AdamW or another first-order optimizer."
             )
+
+
+def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself when there is one."""
+    if trainer.world_size == 1:
+        return tensor
+    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
+    return reduced if isinstance(reduced, Tensor) else tensor
 
 
 def holds(optimizer: Optimizer, parameter: object) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bsdp._checks import check_at_least, check_choice, check_patterns, matches
 from bsdp.calibration import OutputMoments, rebase
-from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
+from bsdp.callbacks._measuring import as_parameters
+from bsdp.callbacks._trainer_checks import mean_over_processes, refuse_optimizers, refuse_unsupported
 from bsdp.decompose import Decomposition, decompose, find_head
 from bsdp.factorize import METRICS
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
-from bsdp.layers import named_pairs
+from bsdp.layers import BasisPair, named_pairs
 from bsdp.optimizers import adopt_parameters
 from bsdp.probing import first_tensor
 from bsdp.structure import structure_of
@@ -111,15 +115,17 @@ class BasisDecomposition(Callback):
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
             moments = OutputMoments(pairs)
             with moments.collecting(pl_module):
-                for batch in islice(trainer.train_dataloader or (), self.calibration_batches):
+                for batch in islice(_own_iterator(trainer.train_dataloader), self.calibration_batches):
                     images = first_tensor(trainer.strategy.batch_to_device(batch))
                     if images is None:
                         raise ValueError(
                             "`metric: activation` reads the first floating-point tensor of a training batch, and there "
                             "is none; use `metric: euclidean`."
                         )
-                    pl_module(images)
-            rebase(pairs, moments.compute())
+                    pl_module(as_parameters(images, pl_module))
+            # Each process saw its own share of the data; all of them must get the same bases.
+            reduced = {name: mean_over_processes(trainer, moment) for name, moment in moments.compute().items()}
+            rebase(pairs, reduced)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
@@ -147,7 +153,7 @@ class BasisDecomposition(Callback):
         names = [name for name, _ in pl_module.named_modules() if name]
         check_patterns("trainable", self.trainable, names)
         patterns = list(self.trainable or [])
-        if self.backbone is None and self.include is None and head is not None:
+        if self.backbone is None and head is not None and not isinstance(pl_module.get_submodule(head), BasisPair):
             patterns.append(head)
         prefix = f"{self.backbone}." if self.backbone else ""
         kept = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and matches(n, patterns)]
@@ -163,7 +169,7 @@ class BasisDecomposition(Callback):
         for old, pair in self.decomposition.replaced.values():
             assert isinstance(old.weight, Tensor)
             successors.append((old.weight, pair.scaling.delta))
-            successors.append((old.weight, pair.scaling.bias))
+            successors.append((old.bias if isinstance(old.bias, Tensor) else old.weight, pair.scaling.bias))
         return successors
 
     def _report(self, pl_module: LightningModule) -> None:
@@ -183,6 +189,14 @@ class BasisDecomposition(Callback):
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rank_zero_info(f"bsdp: left as it is: {shown}: {reason}")
+
+
+def _own_iterator(loader: Any) -> Iterator[Any]:
+    """Read a loader from its start without disturbing the iterator that the trainer has of it."""
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None  # persistent workers would hand out the trainer's own iterator
+    return iter(loader if loader is not None else ())
 
 
 def _has_layers(module: nn.Module) -> bool:

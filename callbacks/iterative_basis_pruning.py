@@ -6,21 +6,21 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 import bsdp
 from bsdp._checks import check_at_least
 from bsdp.callbacks._measuring import measure_module_cost, only_network
 from bsdp.callbacks._run_folder import run_folder, unused_path
-from bsdp.callbacks._trainer_checks import holds, refuse_unsupported
+from bsdp.callbacks._trainer_checks import holds, mean_over_processes, refuse_optimizers, refuse_unsupported
 from bsdp.layers import named_pairs
 from bsdp.probing import first_tensor
-from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
-from bsdp.pruning import drop_stale_optimizer_state
+from bsdp.pruner import IterativePruner, PruningSettings, default_rounds, largest_removable_share
 from bsdp.record import PruningRecord
+from bsdp.structure import structure_of
 
 _FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
 _UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
@@ -158,11 +158,10 @@ class IterativeBasisPruning(Callback):
             cost, shapes = measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
         self.pruner = IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
         self.record.input_shapes = shapes
-        ceiling = 1.0 - cost.kept_at_rank_one("params")
-        rank_zero_info(f"bsdp: with rank 1 in every decomposed layer, {ceiling:.1%} of the parameters would be gone")
+        if self.settings.target_kind != "macs" or cost.fixed_macs is not None:
+            self._print_ceiling()
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
-            self._loaded = None
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
@@ -173,25 +172,56 @@ class IterativeBasisPruning(Callback):
         """Fit the rounds into the epochs and check the optimizers, before the first step."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        refuse_optimizers(trainer.optimizers)
         pruner = self._pruner()
-        validates = trainer.enable_validation and any(n > 0 for n in trainer.num_val_batches)
-        if self.settings.tolerance is not None and not validates:
+        first_epoch = 0
+        if self._loaded is None:
+            first_epoch = trainer.current_epoch
+            pruner.begin(first_epoch)
+        self._loaded = None
+        if self.settings.tolerance is not None and not trainer.enable_validation:
             raise ValueError(
                 f"`IterativeBasisPruning(tolerance={self.settings.tolerance})` needs a validation loader that logs "
                 f"{self.monitor!r}. Give one, or set `tolerance: null` to prune to the budget alone."
             )
-        pruner.settings = self._scheduled_settings(trainer)
-        delta = next(iter(pruner.pairs.values())).scaling.delta
-        if pruner.scores.needs_gradients and not any(holds(o, delta) for o in trainer.optimizers):
+        pruner.settings = self._scheduled_settings(trainer, first_epoch)
+        if self.settings.tolerance is not None:
+            self._check_validation_frequency(trainer)
+        if pruner.scores.needs_gradients:
+            self._check_scales(trainer)
+
+    def _check_scales(self, trainer: Trainer) -> None:
+        deltas = {name: pair.scaling.delta for name, pair in self._pruner().pairs.items()}
+        frozen = [name for name, delta in deltas.items() if not delta.requires_grad]
+        if frozen:
             raise ValueError(
-                "no optimizer holds the scaling factors, so there is nothing to score: give `configure_optimizers` all "
-                "parameters of the module."
+                f"the scaling factors of {len(frozen)} layers (first: {frozen[0]!r}) do not train, so they cannot be "
+                "scored: name these layers in `exclude` of `BasisDecomposition`, or leave out what froze them."
+            )
+        if not any(all(holds(o, delta) for delta in deltas.values()) for o in trainer.optimizers):
+            raise ValueError(
+                "no optimizer holds all scaling factors, so they cannot be scored together: let one optimizer have "
+                "them in `configure_optimizers`, or decompose the part of one optimizer only (`backbone`)."
             )
 
-    def _scheduled_settings(self, trainer: Trainer) -> PruningSettings:
+    def _check_validation_frequency(self, trainer: Trainer) -> None:
+        """A round without a validation could never fall short of the tolerance."""
+        every = trainer.check_val_every_n_epoch
+        if every is None:
+            batches = max(1.0, float(trainer.num_training_batches))
+            every = max(1, math.ceil((trainer.val_check_batch or 1) / batches))
+        if every > min(self.settings.warmup_epochs, self.settings.epochs_per_round):
+            raise ValueError(
+                f"`tolerance={self.settings.tolerance}` needs a validation in the warm-up and in every round, but the "
+                f"trainer validates every {every} epochs: raise `warmup_epochs` and `epochs_per_round` to {every}, "
+                "validate more often, or set `tolerance: null`."
+            )
+
+    def _scheduled_settings(self, trainer: Trainer, first_epoch: int) -> PruningSettings:
         """The settings with `rounds` filled in from the trainer's epochs."""
         settings = self.settings
-        epochs = _planned_epochs(trainer)
+        planned = _planned_epochs(trainer)
+        epochs = None if planned is None else planned - first_epoch
         rounds = self.rounds
         if rounds is None:
             if epochs is None:
@@ -250,10 +280,12 @@ class IterativeBasisPruning(Callback):
         value = self._monitored(trainer)
         if value is None:
             return
+        if trainer.world_size > 1:  # all processes must take the same decisions
+            value = float(mean_over_processes(trainer, torch.tensor(value, device=pl_module.device)))
         first = self.record.rounds[-1].accuracy_after is None
         pruner.observe(value)
         last = self.record.rounds[-1]
-        if first and last.round > 0:
+        if first and last.accuracy_after is not None and last.round > 0:
             values = {"bsdp/accuracy_after": value}
             if last.accuracy_before is not None:
                 values["bsdp/accuracy_before"] = last.accuracy_before
@@ -285,8 +317,6 @@ class IterativeBasisPruning(Callback):
         else:
             pruner.finish()
             chosen = self.record.rounds[-1]
-        for optimizer in trainer.optimizers:
-            drop_stale_optimizer_state(optimizer)
         params = self.record.kept(chosen, "params")
         assert params is not None
         if chosen.round == 0 and len(self.record.rounds) > 1:
@@ -302,6 +332,10 @@ class IterativeBasisPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self._detach()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the structure, from which a module is rebuilt before its weights load."""
+        checkpoint["bsdp"] = structure_of(pl_module)
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -323,6 +357,13 @@ class IterativeBasisPruning(Callback):
     def _pruner(self) -> IterativePruner:
         assert self.pruner is not None
         return self.pruner
+
+    def _print_ceiling(self) -> None:
+        share = largest_removable_share(self.record.cost, self.settings)
+        rank_zero_info(
+            f"bsdp: with rank {self.settings.min_rank} in every decomposed layer, {share:.1%} of the "
+            f"{self.settings.target_kind} would be gone: no target goes beyond"
+        )
 
     def _monitored(self, trainer: Trainer) -> float | None:
         value = trainer.callback_metrics.get(self.monitor)
@@ -350,6 +391,8 @@ class IterativeBasisPruning(Callback):
                 reason = f"`forward` failed on the first tensor of a batch ({type(error).__name__}: {error})"
             else:
                 pruner.set_cost(cost)
+                if self.settings.target_kind == "macs":
+                    self._print_ceiling()
                 return
         advice = "Set `example_input_array` in the LightningModule to one example."
         if self.settings.target_kind == "macs":
@@ -363,7 +406,7 @@ class IterativeBasisPruning(Callback):
             return
         if self.settings.target_kind == "macs" and self.record.cost.fixed_macs is None:
             return  # only before the very first batch, which measures and comes back here
-        pruner.reduce(lambda tensor: _mean_over_processes(trainer, tensor))
+        pruner.reduce(lambda tensor: mean_over_processes(trainer, tensor))
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             _rewrap(trainer)
             last = self.record.rounds[-1]
@@ -399,6 +442,7 @@ class IterativeBasisPruning(Callback):
                 value = getattr(data, key, None)
                 if value is not None and key not in metadata:
                     metadata[key] = list(value) if isinstance(value, tuple) else value
+            metadata |= getattr(data, "normalization", None) or {}  # what the images really went through
             bsdp.save(self._pruner().network, self.weights_path, metadata=metadata)
             rank_zero_info(f"bsdp: wrote {self.checkpoint_path.name} and {self.weights_path.name} to {folder}")
 
@@ -419,11 +463,6 @@ def _planned_epochs(trainer: Trainer) -> int | None:
         by_steps = trainer.max_steps // steps
         epochs = by_steps if epochs is None else min(epochs, by_steps)
     return epochs
-
-
-def _mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
-    return reduced if isinstance(reduced, Tensor) else tensor
 
 
 def _rewrap(trainer: Trainer) -> None:

@@ -125,6 +125,67 @@ def test_state_round_trip_gives_the_same_cut() -> None:
         assert torch.equal(twin.state_dict()[name], value), name
 
 
+def test_warm_up_may_begin_later() -> None:
+    _, pruner = make(rounds=2, importance="magnitude")
+    pruner.begin(6)
+    assert [epoch for epoch in range(6, 10) if pruner.cut_due(epoch) and pruner.cut(epoch)] == [7, 8]
+
+
+def test_late_cuts_keep_their_distance() -> None:
+    _, pruner = make(rounds=2, epochs_per_round=3, importance="magnitude")
+    assert [epoch for epoch in range(4, 12) if pruner.cut_due(epoch) and pruner.cut(epoch)] == [4, 7]
+
+
+def test_without_tolerance_only_the_newest_structure_counts() -> None:
+    model, pruner = make(tolerance=None, importance="magnitude")
+    pruner.observe(0.9)
+    pruner.cut(1)
+    pruner.observe(0.8)
+    pruner.cut(2)  # and no validation any more
+    pruner.restore()
+    assert pruner.record.chosen == 2
+    assert {n: p.rank for n, p in bsdp.named_pairs(model).items()} == pruner.record.rounds[2].ranks
+
+
+def test_nan_and_infinity_are_not_observed() -> None:
+    _, pruner = make()
+    for value in (float("nan"), float("inf")):
+        pruner.observe(value)
+    assert pruner.record.reference is None
+    pruner.observe(0.5)
+    assert pruner.record.rounds[0].accuracy_after == 0.5
+    assert pruner.record.reference == 0.5
+
+
+def test_a_round_fails_only_once() -> None:
+    _, pruner = make(rounds=4, patience_rounds=2, importance="magnitude")
+    pruner.observe(0.9)
+    pruner.cut(1)
+    pruner.observe(0.1)
+    assert [pruner.should_stop(epoch) for epoch in (1, 2, 3)] == [False, False, False]
+    assert pruner.failed_rounds == 1
+
+
+def test_finished_run_goes_on_from_the_round_it_ended_with() -> None:
+    model, pruner, _ = run([0.9, 0.9, 0.2, 0.2], rounds=3)
+    state = copy.deepcopy(pruner.state_dict())
+    assert (pruner.record.chosen, len(pruner.record.rounds)) == (1, 3)
+    again = IterativePruner(model, pruner.settings, bsdp.measure_cost(model))
+    again.load_state_dict(state)
+    assert (again.record.chosen, len(again.record.rounds), again.stopped) == (None, 2, False)
+    again.observe(0.95)
+    assert again.record.rounds[-1].accuracy_best == 0.95
+
+
+def test_settings_of_the_present_run_decide_and_are_reported() -> None:
+    model, pruner = make(tolerance=0.01)
+    pruner.stopped = True
+    state = copy.deepcopy(pruner.state_dict())
+    again = IterativePruner(model, PruningSettings(target=0.5, rounds=2, tolerance=0.1), bsdp.measure_cost(model))
+    again.load_state_dict(state)
+    assert (again.record.tolerance, again.record.target, again.stopped) == (0.1, 0.5, False)
+
+
 def test_finished_pruner_lets_the_candidate_go() -> None:
     _, pruner, _ = run([0.9, 0.9, 0.9])
     assert pruner.candidate is None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -274,3 +275,12 @@ def test_scores_and_cost_must_be_of_the_same_layers() -> None:
         select({"a": torch.rand(4)}, cost, ratio=0.5)
     with pytest.raises(ValueError, match="of the same layers; only one of them has 'c'"):
         select({"a": torch.rand(4), "b": torch.rand(4), "c": torch.rand(4)}, cost, ratio=0.5)
+
+
+def test_layers_that_are_never_called_keep_all_their_bases() -> None:
+    called = LayerCost(fan_in=16, out_channels=16, groups=1, full_rank=16, bias=False, positions=4)
+    read = replace(called, positions=0)
+    cost = ModelCost({"called": called, "read": read}, fixed_params=0, fixed_macs=0)
+    plan = select({"called": torch.rand(16), "read": torch.zeros(16)}, cost, ratio=0.4)
+    assert plan.ranks["read"] == 16
+    assert plan.ranks["called"] < 16

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition
@@ -142,6 +143,36 @@ def test_backbone_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in module.rest.parameters())
 
 
+def test_include_leaves_the_head_trainable(tmp_path: Path) -> None:
+    module = Classifier()
+    fit(module, [BasisDecomposition(include=["network.0.2"])], tmp_path)
+    assert list(bsdp.named_pairs(module)) == ["network.0.2"]
+    assert all(p.requires_grad for p in module.network[3].parameters())
+    assert not module.network[0][0].weight.requires_grad
+
+
+def test_activation_metric_in_double_precision(tmp_path: Path) -> None:
+    module = Classifier()
+    fit(module, [BasisDecomposition(metric="activation")], tmp_path, precision="64-true")
+    assert bsdp.named_pairs(module)["network.0.2"].basis.weight.dtype == torch.float64
+
+
+def test_calibration_leaves_the_epoch_whole(tmp_path: Path) -> None:
+    batches: list[int] = []
+
+    class Workers(Stripes):
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.examples, 32, num_workers=1, persistent_workers=True)
+
+    class Count(Callback):
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            batches.append(1)
+
+    trainer = make_trainer(tmp_path, [BasisDecomposition(metric="activation"), Count()], max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Workers())
+    assert len(batches) == 3
+
+
 def test_trainable_patterns_thaw(tmp_path: Path) -> None:
     module = WithBatchNorm()
     fit(module, [BasisDecomposition(trainable=["network.0.1"])], tmp_path)
@@ -248,8 +279,6 @@ class TestRefusals:
     def test_calibration_without_float_inputs(self, tmp_path: Path) -> None:
         class Whole(Stripes):
             def train_dataloader(self) -> Any:
-                from torch.utils.data import DataLoader, TensorDataset
-
                 images, labels = self.examples.tensors
                 return DataLoader(TensorDataset((images * 10).long(), labels), 32)
 

@@ -245,6 +245,18 @@ def test_resume_goes_on_with_ranks_schedule_and_record(tmp_path: Path) -> None:
         assert torch.equal(module.state_dict()[name], value), name
 
 
+def test_second_fit_starts_with_its_own_warm_up(tmp_path: Path) -> None:
+    module = Classifier()
+    trainer = make_trainer(tmp_path, [BasisDecomposition()], max_epochs=2)
+    trainer.fit(module, datamodule=Stripes())
+    pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=0.9)
+    trainer.callbacks.append(pruning)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, datamodule=Stripes())
+    assert [r.epoch for r in pruning.record.rounds] == [0, 3]
+    assert pruning.record.reference is not None
+
+
 def test_files_of_an_earlier_run_are_not_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         fit(
@@ -357,6 +369,33 @@ class TestRefusals:
         with pytest.raises(ValueError, match="needs a validation loader"):
             fit(Classifier(), IterativeBasisPruning(target=0.5), tmp_path, limit_val_batches=0)
         fit(Classifier(), IterativeBasisPruning(target=0.5, tolerance=None), tmp_path, limit_val_batches=0)
+
+    def test_validation_less_often_than_rounds(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="validates every 2 epochs"):
+            fit(Classifier(), IterativeBasisPruning(target=0.5), tmp_path, check_val_every_n_epoch=2)
+        pruning = IterativeBasisPruning(target=0.5, warmup_epochs=2, epochs_per_round=2)
+        fit(Classifier(), pruning, tmp_path, max_epochs=4, check_val_every_n_epoch=2)
+        assert pruning.record.reference is not None
+
+    def test_lbfgs_and_scales_of_two_optimizers(self, tmp_path: Path) -> None:
+        module = Classifier()
+        module.automatic_optimization = False
+
+        def two() -> Any:
+            pairs = list(bsdp.named_pairs(module).values())
+            return [torch.optim.SGD([pair.scaling.delta], lr=0.1) for pair in pairs]
+
+        module.configure_optimizers = two  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="no optimizer holds all scaling factors"):
+            fit(module, IterativeBasisPruning(target=0.5, tolerance=None), tmp_path)
+
+    def test_frozen_scales(self, tmp_path: Path) -> None:
+        class Freeze(Callback):
+            def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+                next(iter(bsdp.named_pairs(pl_module).values())).scaling.delta.requires_grad_(False)
+
+        with pytest.raises(ValueError, match=r"scaling factors of 1 layers \(first: '0.0'\) do not train"):
+            fit(Classifier(), IterativeBasisPruning(target=0.5, tolerance=None), tmp_path, Freeze())
 
     def test_barebones(self, tmp_path: Path) -> None:
         trainer = Trainer(
