@@ -55,12 +55,23 @@ class ImageFolderDataModule(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the class folders below ``train``, in alphabetical order."""
+        """Names of the class folders below ``train``, in alphabetical order.
+
+        Raises:
+            FileNotFoundError: If ``train`` is not there.
+            ValueError: If there are fewer than two.
+        """
         train = self._path / "train"
         if not train.is_dir():
             name = f"The image folder '{self.folder or self._path}'"
             raise not_found(name, looked_for=[train], data_dir=self.data_dir, download=False)
-        return sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+        names = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+        if len(names) < 2:
+            raise ValueError(
+                f"'{train}' must hold at least 2 folders, one for each class, got {names}. "
+                "Each class's images belong into a folder of their own."
+            )
+        return names
 
     def prepare_data(self) -> None:
         """Check the folders.
@@ -69,11 +80,6 @@ class ImageFolderDataModule(ImageDataModule):
             FileNotFoundError: If ``train`` or ``test`` is not there, or a class has no image.
             ValueError: If there are fewer than two classes, or a class that was not trained.
         """
-        if len(names := self.class_names) < 2:
-            raise ValueError(
-                f"'{self._path / 'train'}' must hold at least 2 folders, one for each class, got {names}. "
-                "Each class's images belong into a folder of their own."
-            )
         for split in get_args(Split):
             self._load(split)
 
