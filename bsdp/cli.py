@@ -76,11 +76,12 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(word: str, rest: list[str]) -> None:
     if word in TRAINER_WORDS:
+        rest = _resolve_configs(rest)  # a wrong name is told before the slow imports
         from bsdp.trainer_cli import TransferCLI, silence_third_parties
 
         with warnings.catch_warnings():
             silence_third_parties(resume=word == "fit")
-            TransferCLI([word, *_with_run_config(_files_first(_resolve_configs(rest)))])
+            TransferCLI([word, *_with_run_config(_files_first(rest))])
     elif word in COMMANDS:
         from jsonargparse import auto_cli
 

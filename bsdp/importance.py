@@ -175,7 +175,7 @@ class ScoreAccumulator:
     @torch.no_grad()
     def update(self) -> None:
         """Add the terms of the gradients that stand in ``delta.grad`` now."""
-        if not self.needs_gradients or not self.pairs:
+        if not self.needs_gradients:
             return
         deltas = [pair.scaling.delta for pair in self.pairs.values()]
         if all(delta.grad is None for delta in deltas):

@@ -51,6 +51,7 @@ def test_rebuilding_resizes_pairs_in_both_directions_and_keeps_their_parameters(
     for source, target in ((small, copy.deepcopy(full)), (full, copy.deepcopy(small))):
         before = [id(p) for p in target.parameters()]
         bsdp.rebuild(target, bsdp.structure_of(source))
+        assert bsdp.structure_of(target) == bsdp.structure_of(source)
         assert [id(p) for p in target.parameters()] == before
         target.load_state_dict(source.state_dict())
         assert torch.equal(target(inputs), source(inputs))
