@@ -28,8 +28,6 @@ def kept_share(round_index: int, *, rounds: int, target: float, schedule: str = 
     check_share("target", target)
     check_at_least("rounds", rounds, 1)
     progress = min(max(round_index, 0), rounds) / rounds
-    if progress == 1.0:
-        return 1.0 - target
     if schedule == "geometric":
         return float((1.0 - target) ** progress)
     if schedule == "constant":

@@ -46,7 +46,7 @@ def test_round_trip_into_a_fresh_model(name: str, dtype: torch.dtype, tmp_path: 
     path = bsdp.save(net, tmp_path / "pruned.safetensors")
     assert path == tmp_path / "pruned.safetensors"
     assert_same_state(net, before)
-    fresh = make_net(name, dtype=dtype)
+    fresh = make_net(name, dtype=dtype).train()
     loaded = bsdp.load(fresh, path)
     assert loaded is fresh
     assert not loaded.training

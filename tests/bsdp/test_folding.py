@@ -88,6 +88,7 @@ def is_plain_but_for_the_net(model: nn.Module) -> bool:
 
 def test_the_given_model_is_left_alone_and_shares_nothing_with_the_copy() -> None:
     net = decomposed(make_net("conv"))
+    keep_ranks(net, {"conv1": 8, "conv2": 4})  # one of each form
     before = snapshot(net)
     modules = list(net.modules())
     folded = bsdp.fold(net)

@@ -437,8 +437,9 @@ def test_features_that_are_not_finite_count_for_nothing(bad: float) -> None:
     features = torch.randn(6, 4)
     broken = features.clone()
     broken[2, 1] = bad
-    statistics.update("layer", features)
     statistics.update("layer", broken)
+    assert statistics.means() == statistics.second_moments() == {}
+    statistics.update("layer", features)
     mean, second = direct(features, -1)
     assert relative_error(statistics.means()["layer"], mean) < 1e-6
     assert relative_error(statistics.second_moments()["layer"], second) < 1e-6
@@ -458,6 +459,17 @@ def test_statistics_state_round_trips_and_collection_goes_on() -> None:
     for name, value in whole.second_moments().items():
         assert torch.equal(first.second_moments()[name], value)
         assert torch.equal(first.means()[name], whole.means()[name])
+
+
+def test_loading_statistics_replaces_what_was_there_and_allows_missing_layers() -> None:
+    net = scored_net()
+    source, target = FeatureStatistics({"conv2": net.conv2}), FeatureStatistics(named_pairs(net))
+    for statistics in (source, target):
+        with statistics.collecting():
+            net(make_input("conv"))
+    target.load_state_dict(source.state_dict())
+    assert list(target.means()) == ["conv2"]
+    assert torch.equal(target.means()["conv2"], source.means()["conv2"])
 
 
 def test_statistics_of_another_rank_are_refused_and_unknown_layers_ignored() -> None:

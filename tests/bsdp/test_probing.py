@@ -26,6 +26,18 @@ def test_evaluating_restores_modes_gradients_and_random_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_evaluating_restores_modes_that_a_module_would_not_take_from_train() -> None:
+    class Frozen(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            return super().train(False)
+
+    net = nn.Sequential(Frozen(3, 3)).train()
+    net[0].training = True
+    with evaluating(net):
+        assert not net[0].training
+    assert net[0].training
+
+
 def test_evaluating_restores_after_an_error() -> None:
     net = mixed()
     with pytest.raises(KeyError), evaluating(net):
@@ -38,7 +50,9 @@ def test_probe_sees_inputs_and_outputs_of_every_call_and_changes_nothing() -> No
     net, inputs = mixed(), torch.randn(2, 3)
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
     with probe(net, [net[0], net[2]], lambda m, i, o: seen.append((m, i[0], o))):
+        assert not net.training
         output = net(inputs)
+        assert not output.requires_grad
         net(inputs)
     assert [m for m, _, _ in seen] == [net[0], net[2]] * 2
     assert torch.equal(seen[0][1], inputs)
@@ -59,6 +73,7 @@ def test_probe_takes_its_hooks_off_after_an_error() -> None:
 def test_first_tensor_is_the_first_batch_of_floats_however_deep() -> None:
     images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
     assert first_tensor(images) is images
+    assert first_tensor([torch.zeros(4, 2, dtype=torch.long), images]) is images
     assert first_tensor([labels, {"image": images, "other": torch.ones(2, 2)}]) is images
     assert first_tensor((torch.tensor(0.5), torch.zeros(3), (images,))) is images
     assert first_tensor([labels, "text", None]) is None

@@ -255,11 +255,12 @@ def test_the_table_has_every_layer_and_the_sums() -> None:
 
 def test_long_names_are_folded_not_cut() -> None:
     net: nn.Module = nn.Linear(8, 8)
-    for _ in range(12):
-        net = nn.Sequential(nn.Sequential(net))
+    for _ in range(60):
+        net = nn.Sequential(net)
     name = bsdp.describe(net).layers[0].name
     text = "".join(line.split("│")[1].strip() for line in str(bsdp.describe(net)).splitlines() if line.startswith("│"))
     assert name in text
+    assert max(len(line) for line in str(bsdp.describe(net)).splitlines()) <= 110
 
 
 def test_describe_copes_with_layers_that_are_not_decomposed() -> None:
