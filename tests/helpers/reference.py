@@ -74,8 +74,10 @@ def unit_importance(scores: Tensor, groups: int) -> list[tuple[float, list[int]]
     return units
 
 
-def floor_of(rank: int, min_rank: int, cap: Fraction) -> int:
+def floor_of(rank: int, min_rank: int, cap: Fraction, layer: LayerCost) -> int:
     """The least rank one plan may leave."""
+    if layer.positions == 0:
+        return rank  # never called: somebody reads its weight
     by_cap = rank - (rank * cap.numerator) // cap.denominator
     return max(min(min_rank, rank), by_cap, 1)
 
@@ -94,7 +96,7 @@ def slow_select(
     units = {name: unit_importance(scores, cost.layers[name].groups) for name, scores in importance.items()}
     full = {name: len(u) for name, u in units.items()}
     ranks = dict(full)
-    floors = {name: floor_of(rank, min_rank, cap) for name, rank in full.items()}
+    floors = {name: floor_of(rank, min_rank, cap, cost.layers[name]) for name, rank in full.items()}
     while cost.deployed(ranks, kind) > budget:
         choice = _best_run(units, full, ranks, floors, cost, kind, ranking)
         if choice is None:
