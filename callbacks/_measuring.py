@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from bsdp.cost import ModelCost
-from bsdp.probing import as_inputs, evaluating
+from bsdp.probing import as_inputs, evaluating, first_tensor
 from bsdp.stats import measure_cost
 
 
@@ -49,6 +49,24 @@ def measure_module_cost(
         raise ValueError("the network was not called with tensors")
     inputs = tuple(torch.zeros_like(value[:1]) for value in seen[0])
     return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
+
+
+def measure_on_batch(
+    pl_module: LightningModule, network: str, batch: Any, *, new_bias: bool
+) -> tuple[ModelCost, list[list[int]]]:
+    """`measure_module_cost` on the first example of the first tensor in a batch.
+
+    Raises:
+        ValueError: If there is none, or the module's ``forward`` does not take it; the message is half a sentence.
+    """
+    example = first_tensor(batch)
+    if example is None:
+        raise ValueError("the batch holds no floating-point tensor")
+    try:
+        return measure_module_cost(pl_module, network, example[:1], new_bias=new_bias)
+    except Exception as error:  # whatever the user's forward may raise on an input we guessed
+        reason = f"`forward` failed on the first tensor of a batch ({type(error).__name__}: {error})"
+        raise ValueError(reason) from error
 
 
 def as_parameters(value: Any, module: nn.Module) -> Any:

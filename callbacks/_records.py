@@ -1,4 +1,4 @@
-"""Finding what another callback offers, without knowing its class."""
+"""Finding what another callback offers, without knowing its class, and putting a record into words."""
 
 from __future__ import annotations
 
@@ -48,3 +48,22 @@ def find_summary(trainer: Trainer) -> dict[str, Any] | None:
         if isinstance(summary, dict) and "params_pruned" in summary:
             return summary
     return None
+
+
+def structure_values(record: PruningRecord) -> dict[str, float]:
+    """The present structure as logged values, see the table of `IterativeBasisPruning`."""
+    last = record.rounds[-1]
+    values = {"bsdp/round": float(last.round)}
+    for kind in ("bases", "params", "macs"):
+        value, kept = getattr(last, kind), record.kept(last, kind)
+        if value is not None and kept is not None:
+            values[f"bsdp/{kind}"], values[f"bsdp/{kind}_kept"] = float(value), kept
+    return values | {f"bsdp/rank/{name}": float(rank) for name, rank in last.ranks.items()}
+
+
+def describe_cut(record: PruningRecord) -> str:
+    """What the newest cut left, in words."""
+    last = record.rounds[-1]
+    kept = {kind: record.kept(last, kind) for kind in ("params", "macs")}
+    shown = [f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None]
+    return f"leaves {', '.join(shown)}, {last.bases} bases"

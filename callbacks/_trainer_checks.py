@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+
+from bsdp.layers import BasisPair
 
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
@@ -44,12 +47,20 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> None:
             )
 
 
-def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes; the tensor itself when there is one."""
-    if trainer.world_size == 1:
-        return tensor
-    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
-    return reduced if isinstance(reduced, Tensor) else tensor
+def check_scales(optimizers: Sequence[Optimizer], pairs: Mapping[str, BasisPair]) -> None:
+    """Refuse scaling factors that cannot be scored: frozen ones, and those that several optimizers share."""
+    deltas = {name: pair.scaling.delta for name, pair in pairs.items()}
+    frozen = [name for name, delta in deltas.items() if not delta.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"the scaling factors of {len(frozen)} layers (first: {frozen[0]!r}) do not train, so they cannot be "
+            "scored: name these layers in `exclude` of `BasisDecomposition`, or leave out what froze them."
+        )
+    if not any(all(holds(o, delta) for delta in deltas.values()) for o in optimizers):
+        raise ValueError(
+            "no optimizer holds all scaling factors, so they cannot be scored together: let one optimizer have "
+            "them in `configure_optimizers`, or decompose the part of one optimizer only (`backbone`)."
+        )
 
 
 def holds(optimizer: Optimizer, parameter: object) -> bool:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from bsdp._checks import check_at_least, check_choice, check_patterns, matches
 from bsdp.calibration import OutputMoments, rebase
 from bsdp.callbacks._measuring import as_parameters
-from bsdp.callbacks._trainer_checks import mean_over_processes, refuse_optimizers, refuse_unsupported
+from bsdp.callbacks._processes import mean_over_processes
+from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.decompose import Decomposition, decompose, find_head
 from bsdp.factorize import METRICS
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze

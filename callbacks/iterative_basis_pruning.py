@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 import bsdp
 from bsdp._checks import check_at_least
-from bsdp.callbacks._measuring import measure_module_cost, only_network
-from bsdp.callbacks._run_folder import run_folder, unused_path
-from bsdp.callbacks._trainer_checks import holds, mean_over_processes, refuse_optimizers, refuse_unsupported
+from bsdp.callbacks._measuring import measure_module_cost, measure_on_batch, only_network
+from bsdp.callbacks._processes import mean_over_processes, rewrap
+from bsdp.callbacks._pruned_files import write_pruned
+from bsdp.callbacks._records import describe_cut, structure_values
+from bsdp.callbacks._scheduling import check_validation, scheduled_settings
+from bsdp.callbacks._trainer_checks import check_scales, holds, refuse_optimizers, refuse_unsupported
 from bsdp.layers import named_pairs
-from bsdp.probing import first_tensor
-from bsdp.pruner import IterativePruner, PruningSettings, default_rounds, largest_removable_share
+from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
 from bsdp.record import PruningRecord
 from bsdp.structure import structure_of
 
@@ -179,64 +181,10 @@ class IterativeBasisPruning(Callback):
             first_epoch = trainer.current_epoch
             pruner.begin(first_epoch)
         self._loaded = None
-        if self.settings.tolerance is not None and not trainer.enable_validation:
-            raise ValueError(
-                f"`IterativeBasisPruning(tolerance={self.settings.tolerance})` needs a validation loader that logs "
-                f"{self.monitor!r}. Give one, or set `tolerance: null` to prune to the budget alone."
-            )
-        pruner.settings = self._scheduled_settings(trainer, first_epoch)
-        if self.settings.tolerance is not None:
-            self._check_validation_frequency(trainer)
+        check_validation(trainer, self.settings, self.monitor)
+        pruner.settings = scheduled_settings(trainer, self.settings, rounds=self.rounds, first_epoch=first_epoch)
         if pruner.scores.needs_gradients:
-            self._check_scales(trainer)
-
-    def _check_scales(self, trainer: Trainer) -> None:
-        deltas = {name: pair.scaling.delta for name, pair in self._pruner().pairs.items()}
-        frozen = [name for name, delta in deltas.items() if not delta.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"the scaling factors of {len(frozen)} layers (first: {frozen[0]!r}) do not train, so they cannot be "
-                "scored: name these layers in `exclude` of `BasisDecomposition`, or leave out what froze them."
-            )
-        if not any(all(holds(o, delta) for delta in deltas.values()) for o in trainer.optimizers):
-            raise ValueError(
-                "no optimizer holds all scaling factors, so they cannot be scored together: let one optimizer have "
-                "them in `configure_optimizers`, or decompose the part of one optimizer only (`backbone`)."
-            )
-
-    def _check_validation_frequency(self, trainer: Trainer) -> None:
-        """A round without a validation could never fall short of the tolerance."""
-        every = trainer.check_val_every_n_epoch
-        if every is None:
-            batches = max(1.0, float(trainer.num_training_batches))
-            every = max(1, math.ceil((trainer.val_check_batch or 1) / batches))
-        if every > min(self.settings.warmup_epochs, self.settings.epochs_per_round):
-            raise ValueError(
-                f"`tolerance={self.settings.tolerance}` needs a validation in the warm-up and in every round, but the "
-                f"trainer validates every {every} epochs: raise `warmup_epochs` and `epochs_per_round` to {every}, "
-                "validate more often, or set `tolerance: null`."
-            )
-
-    def _scheduled_settings(self, trainer: Trainer, first_epoch: int) -> PruningSettings:
-        """The settings with `rounds` filled in from the trainer's epochs."""
-        settings = self.settings
-        planned = _planned_epochs(trainer)
-        epochs = None if planned is None else planned - first_epoch
-        rounds = self.rounds
-        if rounds is None:
-            if epochs is None:
-                raise ValueError("`rounds` must be given when the trainer has neither `max_epochs` nor `max_steps`.")
-            rounds = default_rounds(
-                epochs=epochs, warmup_epochs=settings.warmup_epochs, epochs_per_round=settings.epochs_per_round
-            )
-        needed = settings.warmup_epochs + max(rounds, 1) * settings.epochs_per_round
-        if epochs is not None and needed > epochs:
-            raise ValueError(
-                f"the pruning schedule needs {needed} epochs (`warmup_epochs={settings.warmup_epochs}` + "
-                f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops "
-                f"after {epochs}: raise `max_epochs` or lower one of them."
-            )
-        return PruningSettings(**{**vars(settings), "rounds": rounds})
+            check_scales(trainer.optimizers, pruner.pairs)
 
     # --- one epoch ----------------------------------------------------------------------------------------------
 
@@ -327,7 +275,7 @@ class IterativeBasisPruning(Callback):
             )
         rank_zero_info(f"bsdp: finished with the model of round {chosen.round}: {params:.1%} of the parameters kept")
         if self.save_pruned:
-            self._save(trainer, pl_module)
+            self.checkpoint_path, self.weights_path = write_pruned(trainer, pl_module, pruner.network)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -380,20 +328,18 @@ class IterativeBasisPruning(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
-        example = first_tensor(batch)
-        pruner, reason = self._pruner(), "the batch holds no floating-point tensor"
-        if example is not None:
-            try:
-                cost, self.record.input_shapes = measure_module_cost(
-                    pl_module, self.record.network, example[:1], new_bias=self.settings.mean_to_bias
-                )
-            except Exception as error:  # whatever the user's forward may raise on an input we guessed
-                reason = f"`forward` failed on the first tensor of a batch ({type(error).__name__}: {error})"
-            else:
-                pruner.set_cost(cost)
-                if self.settings.target_kind == "macs":
-                    self._print_ceiling()
-                return
+        pruner = self._pruner()
+        try:
+            cost, self.record.input_shapes = measure_on_batch(
+                pl_module, self.record.network, batch, new_bias=self.settings.mean_to_bias
+            )
+        except ValueError as error:
+            reason = str(error)
+        else:
+            pruner.set_cost(cost)
+            if self.settings.target_kind == "macs":
+                self._print_ceiling()
+            return
         advice = "Set `example_input_array` in the LightningModule to one example."
         if self.settings.target_kind == "macs":
             raise ValueError(f"`target_kind: macs` needs the MACs of the network, but {reason}. {advice}")
@@ -408,67 +354,17 @@ class IterativeBasisPruning(Callback):
             return  # only before the very first batch, which measures and comes back here
         pruner.reduce(lambda tensor: mean_over_processes(trainer, tensor))
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
-            _rewrap(trainer)
-            last = self.record.rounds[-1]
-            kept = {kind: self.record.kept(last, kind) for kind in ("params", "macs")}
-            shown = ", ".join(f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None)
+            rewrap(trainer)
             rank_zero_info(
-                f"bsdp: epoch {trainer.current_epoch}: round {last.round} of {pruner.settings.rounds} leaves {shown}, "
-                f"{last.bases} bases"
+                f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
+                f"{pruner.settings.rounds} {describe_cut(self.record)}"
             )
 
     def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(trainer, "barebones", False):
-            return
-        last = self.record.rounds[-1]
-        values: dict[str, float] = {"bsdp/round": float(last.round)}
-        for kind in ("bases", "params", "macs"):
-            value, kept = getattr(last, kind), self.record.kept(last, kind)
-            if value is not None and kept is not None:
-                values[f"bsdp/{kind}"], values[f"bsdp/{kind}_kept"] = float(value), kept
-        values.update({f"bsdp/rank/{name}": float(rank) for name, rank in last.ranks.items()})
-        pl_module.log_dict(values, on_step=False, on_epoch=True)
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = run_folder(trainer)
-        self.checkpoint_path = unused_path(folder / "pruned.ckpt", trainer=trainer)
-        self.weights_path = unused_path(folder / "pruned.safetensors", trainer=trainer)
-        trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
-        if trainer.is_global_zero:
-            describe = getattr(pl_module, "export_metadata", None)
-            metadata = dict(describe()) if callable(describe) else {}
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            for key in ("class_names", "image_size"):
-                value = getattr(data, key, None)
-                if value is not None and key not in metadata:
-                    metadata[key] = list(value) if isinstance(value, tuple) else value
-            metadata |= getattr(data, "normalization", None) or {}  # what the images really went through
-            bsdp.save(self._pruner().network, self.weights_path, metadata=metadata)
-            rank_zero_info(f"bsdp: wrote {self.checkpoint_path.name} and {self.weights_path.name} to {folder}")
+        if not getattr(trainer, "barebones", False):
+            pl_module.log_dict(structure_values(self.record), on_step=False, on_epoch=True)
 
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _planned_epochs(trainer: Trainer) -> int | None:
-    """Epochs the trainer will run; None if it has no end."""
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        epochs: int | None = trainer.max_epochs
-    else:
-        epochs = None
-    if trainer.max_steps is not None and trainer.max_steps >= 0 and trainer.num_training_batches != math.inf:
-        steps = max(1, math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches))
-        by_steps = trainer.max_steps // steps
-        epochs = by_steps if epochs is None else min(epochs, by_steps)
-    return epochs
-
-
-def _rewrap(trainer: Trainer) -> None:
-    """DDP keeps buckets in the old shapes: wrap anew after a cut."""
-    from lightning.pytorch.strategies import DDPStrategy
-
-    if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy.model = trainer.strategy.lightning_module
-        trainer.strategy.configure_ddp()

@@ -1,0 +1,22 @@
+"""What processes of one distributed run have to do together."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+
+def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself when there is one."""
+    if trainer.world_size == 1:
+        return tensor
+    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
+    return reduced if isinstance(reduced, Tensor) else tensor
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Wrap the model anew after a cut, for DDP keeps buckets in the old shapes."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy.lightning_module
+        trainer.strategy.configure_ddp()

@@ -1,0 +1,40 @@
+"""The two files that a pruning run leaves: ``pruned.ckpt`` and ``pruned.safetensors``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+import bsdp
+from bsdp.callbacks._run_folder import run_folder, unused_path
+
+
+def write_pruned(trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> tuple[Path, Path]:
+    """Write the Lightning checkpoint of a module and the folded network inside it; call it on all processes.
+
+    Returns:
+        The path of the checkpoint, and that of the weights.
+    """
+    folder = run_folder(trainer)
+    checkpoint = unused_path(folder / "pruned.ckpt", trainer=trainer)
+    weights = unused_path(folder / "pruned.safetensors", trainer=trainer)
+    trainer.save_checkpoint(checkpoint, weights_only=False)
+    if trainer.is_global_zero:
+        bsdp.save(network, weights, metadata=_metadata(trainer, pl_module))
+        rank_zero_info(f"bsdp: wrote {checkpoint.name} and {weights.name} to {folder}")
+    return checkpoint, weights
+
+
+def _metadata(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    describe = getattr(pl_module, "export_metadata", None)
+    metadata = dict(describe()) if callable(describe) else {}
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    for key in ("class_names", "image_size"):
+        value = getattr(data, key, None)
+        if value is not None and key not in metadata:
+            metadata[key] = list(value) if isinstance(value, tuple) else value
+    return metadata | (getattr(data, "normalization", None) or {})  # what the images really went through

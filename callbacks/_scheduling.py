@@ -1,0 +1,76 @@
+"""Fitting the rounds of a pruning run into a trainer's epochs and validations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lightning.pytorch import Trainer
+
+from bsdp.pruner import PruningSettings, default_rounds
+
+
+def scheduled_settings(
+    trainer: Trainer, settings: PruningSettings, *, rounds: int | None, first_epoch: int
+) -> PruningSettings:
+    """The settings with `rounds` filled in from the trainer's epochs.
+
+    Args:
+        trainer: The trainer, once it knows the length of an epoch.
+        settings: Settings whose own `rounds` do not count.
+        rounds: Number of cuts; None for as many as fit.
+        first_epoch: Epoch in which the warm-up begins.
+
+    Raises:
+        ValueError: If the trainer stops before the last round is over.
+    """
+    planned = planned_epochs(trainer)
+    epochs = None if planned is None else planned - first_epoch
+    if rounds is None:
+        if epochs is None:
+            raise ValueError("`rounds` must be given when the trainer has neither `max_epochs` nor `max_steps`.")
+        rounds = default_rounds(
+            epochs=epochs, warmup_epochs=settings.warmup_epochs, epochs_per_round=settings.epochs_per_round
+        )
+    needed = settings.warmup_epochs + max(rounds, 1) * settings.epochs_per_round
+    if epochs is not None and needed > epochs:
+        raise ValueError(
+            f"the pruning schedule needs {needed} epochs (`warmup_epochs={settings.warmup_epochs}` + "
+            f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops "
+            f"after {epochs}: raise `max_epochs` or lower one of them."
+        )
+    return replace(settings, rounds=rounds)
+
+
+def planned_epochs(trainer: Trainer) -> int | None:
+    """Epochs the trainer will run; None if it has no end."""
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs: int | None = trainer.max_epochs
+    else:
+        epochs = None
+    if trainer.max_steps is not None and trainer.max_steps >= 0 and trainer.num_training_batches != math.inf:
+        steps = max(1, math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches))
+        by_steps = trainer.max_steps // steps
+        epochs = by_steps if epochs is None else min(epochs, by_steps)
+    return epochs
+
+
+def check_validation(trainer: Trainer, settings: PruningSettings, monitor: str) -> None:
+    """Refuse a tolerance without validations: a round without one could never fall short of it."""
+    if settings.tolerance is None:
+        return
+    if not trainer.enable_validation:
+        raise ValueError(
+            f"`IterativeBasisPruning(tolerance={settings.tolerance})` needs a validation loader that logs "
+            f"{monitor!r}. Give one, or set `tolerance: null` to prune to the budget alone."
+        )
+    every = trainer.check_val_every_n_epoch
+    if every is None:
+        batches = max(1.0, float(trainer.num_training_batches))
+        every = max(1, math.ceil((trainer.val_check_batch or 1) / batches))
+    if every > min(settings.warmup_epochs, settings.epochs_per_round):
+        raise ValueError(
+            f"`tolerance={settings.tolerance}` needs a validation in the warm-up and in every round, but the "
+            f"trainer validates every {every} epochs: raise `warmup_epochs` and `epochs_per_round` to {every}, "
+            "validate more often, or set `tolerance: null`."
+        )
