@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 METRICS = ("euclidean", "activation")
+_GRAM_FROM = 48  # rank from which eigenvectors of the Gram matrix are faster than an SVD
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
     if not matrix.isfinite().all():
         raise ValueError("its weight holds NaN or infinity; load sound weights before decomposing.")
     if metric == "euclidean":
+        if min(matrix.shape[1:]) >= _GRAM_FROM:
+            return _gram_factors(matrix)
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return Factors(basis=right, coefficients=left * sigma[:, None, :], sigma=sigma)
     if moment is None:
@@ -65,6 +68,27 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
 def to_float64(tensor: Tensor) -> Tensor:
     """Bring a tensor to float64, on the CPU where its own device has none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _gram_factors(matrix: Tensor) -> Factors:
+    """Singular vectors from the eigenvectors of the smaller Gram matrix: several times faster than an SVD.
+
+    The basis is orthonormal and the product exact for any matrix. Squaring costs digits only where singular values are
+    tiny: below 1e-8 of the largest, the coefficients of two bases need not be orthogonal to each other.
+    """
+    wide = matrix.shape[1] <= matrix.shape[2]
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix)
+    values, basis = values.flip(1), vectors.flip(2).mT
+    if wide:
+        basis = basis @ matrix
+        if bool((values[:, -1] > 1e-3 * values[:, 0]).all()):
+            basis = basis / values.sqrt()[:, :, None]  # well conditioned: orthonormal as it is
+        else:
+            basis = torch.linalg.qr(basis.mT).Q.mT
+    coefficients = matrix @ basis.mT
+    sigma, order = torch.linalg.vector_norm(coefficients, dim=1).sort(dim=1, descending=True, stable=True)
+    basis = basis.gather(1, order[:, :, None].expand_as(basis))
+    return Factors(basis, coefficients.gather(2, order[:, None, :].expand_as(coefficients)), sigma)
 
 
 def _activation_factors(matrix: Tensor, moment: Tensor, *, ridge: float = 1e-4) -> Factors:

@@ -66,6 +66,41 @@ def test_euclidean_bases_and_left_vectors_are_orthonormal(shape: tuple[int, int,
     assert relative_error(left.mT @ left, identity) < 1e-12
 
 
+def steep(groups: int, out: int, fan_in: int, *, smallest: float) -> Tensor:
+    """A matrix whose singular values fall evenly, on a logarithmic scale, from 1 to `smallest`."""
+    rank = min(out, fan_in)
+    left = torch.linalg.qr(torch.randn(groups, out, rank, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(groups, fan_in, rank, dtype=torch.float64)).Q
+    exponents = torch.linspace(0, 1, rank, dtype=torch.float64)
+    return left * smallest**exponents @ right.mT
+
+
+@pytest.mark.parametrize("smallest", [0.5, 0.01, 1e-9], ids=str)
+@pytest.mark.parametrize("shape", [(1, 60, 150), (1, 150, 60), (2, 64, 64)], ids=str)
+def test_large_matrices_get_the_factors_of_an_svd(shape: tuple[int, int, int], smallest: float) -> None:
+    matrix = steep(*shape, smallest=smallest)
+    factors = factorize(matrix)
+    identity = torch.eye(min(shape[1:]), dtype=torch.float64).expand(shape[0], -1, -1)
+    assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-13
+    assert relative_error(factors.basis @ factors.basis.mT, identity) < 1e-12
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert (factors.sigma - sigma).abs().max() < 1e-9
+    assert (factors.sigma.diff(dim=1) <= 0).all()
+    for rank in (1, 20, 50):
+        best = left[:, :, :rank] * sigma[:, None, :rank] @ right[:, :rank]
+        actual = factors.coefficients[:, :, :rank] @ factors.basis[:, :rank]
+        assert relative_error(actual, best) < 1e-6
+
+
+def test_a_large_matrix_of_low_rank_gets_a_whole_orthonormal_basis() -> None:
+    matrix = torch.zeros(1, 60, 90, dtype=torch.float64)
+    matrix[:, :5] = torch.randn(1, 5, 90, dtype=torch.float64)
+    factors = factorize(matrix)
+    assert relative_error(factors.basis @ factors.basis.mT, torch.eye(60, dtype=torch.float64)[None]) < 1e-12
+    assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-13
+    assert factors.sigma[0, 5:].max() < 1e-12
+
+
 # Oracle 2
 @pytest.mark.parametrize("name", ["first_conv", "strided", "pointwise", "linear_narrow", "linear_wide"])
 def test_activation_bases_are_orthonormal_in_the_metric_of_the_data(name: str) -> None:
