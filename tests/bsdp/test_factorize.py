@@ -84,7 +84,7 @@ def test_large_matrices_get_the_factors_of_an_svd(shape: tuple[int, int, int], s
     assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-13
     assert relative_error(factors.basis @ factors.basis.mT, identity) < 1e-12
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert (factors.sigma - sigma).abs().max() < 1e-9
+    assert (factors.sigma - sigma).abs().max() < 1e-8
     assert (factors.sigma.diff(dim=1) <= 0).all()
     for rank in (1, 20, 50):
         best = left[:, :, :rank] * sigma[:, None, :rank] @ right[:, :rank]
