@@ -10,12 +10,15 @@ A backbone is named ``family:name``:
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bsdp.backbone_families import OWN, Backbone, build_own, build_timm, build_torchvision, import_timm
 from bsdp.heads import pool_linear_head, replace_head
+from bsdp.reading import shown
 from bsdp.weight_files import (
     WeightFile,
     find_weight_file,
@@ -144,8 +147,11 @@ def _open(spec: str, weights: str | None) -> WeightFile | None:
 
 def _load(backbone: Backbone, file: WeightFile, *, keep_head: bool) -> Backbone:
     """Load a file, whose number of classes may be any; without a head in it the head stays random."""
-    weight = file.state.get(f"{backbone.head}.weight")
-    if weight is not None and weight.shape[0] != backbone.num_classes:
+    key = f"{backbone.head}.weight"
+    weight, own = file.state.get(key), backbone.network.state_dict().get(key)
+    # Only what fits but for the number of classes: a file may claim any number of rows with nothing in them.
+    fits = weight is not None and own is not None and weight.dim() > 1 and weight.shape[1:] == own.shape[1:]
+    if weight is not None and fits and weight.shape[0] not in (0, backbone.num_classes):
         replace_head(backbone.network, backbone.head, num_classes=weight.shape[0])
         backbone = replace(backbone, num_classes=weight.shape[0])
     top = backbone.head.split(".")[0]
@@ -155,7 +161,10 @@ def _load(backbone: Backbone, file: WeightFile, *, keep_head: bool) -> Backbone:
             f"`num_classes`: {file.path} has no tensor {backbone.head}.weight, so there is no pretrained head to keep; "
             "give the number of classes."
         )
-    known = {key: file.metadata[key] for key in ("mean", "std", "image_size", "class_names") if key in file.metadata}
+    known = {key: file.metadata[key] for key in _KNOWN if file.metadata.get(key) is not None}
+    wrong = next((key for key, value in known.items() if not _KNOWN[key](value)), None)
+    if wrong is not None:
+        raise ValueError(f"`weights`: {file.path} has metadata with an impossible `{wrong}`: {shown(known[wrong])}.")
     names = known.get("class_names")
     return replace(
         backbone,
@@ -163,3 +172,16 @@ def _load(backbone: Backbone, file: WeightFile, *, keep_head: bool) -> Backbone:
         image_size=int(known.get("image_size", backbone.image_size)),
         class_names=None if names is None else tuple(names),
     )
+
+
+def _are_channels(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and isfinite(v) for v in value)
+
+
+# What a file may say of the images it was made for, and what each entry must be.
+_KNOWN: dict[str, Callable[[Any], bool]] = {
+    "mean": _are_channels,
+    "std": lambda value: _are_channels(value) and min(value) > 0,
+    "image_size": lambda value: type(value) is int and 1 <= value <= 8192,
+    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}

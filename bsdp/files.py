@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bsdp.cost import layer_cost
-from bsdp.folding import fold_pair, unfold_into
-from bsdp.layers import SUPPORTED_TYPES, BasisPair
+from bsdp.folding import empty_folded, fold_pair, unfold_into
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
+from bsdp.reading import (
+    check_names_and_shapes,
+    check_values,
+    expected_state,
+    meta_layer,
+    open_safetensors,
+    parse_json,
+    shown,
+)
 from bsdp.surgery import module_names
 
 FORMAT_VERSION = 1
+_KINDS = ("pair", "fused", "plain")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write the folded form of a model to one safetensors file.
 
     The file holds the tensors of ``bsdp.fold(model)`` and, as JSON in its metadata under ``"bsdp"``, the format
-    version, the layers' plan ``{name: {"kind": "pair" | "fused", "rank", "bias"}}`` and the caller's `metadata`. It is
-    written beside the target first and then moved, so that an interrupted write leaves an older file whole.
+    version, the layers' plan ``{name: {"kind": "pair" | "fused" | "plain", "rank", "bias"}}`` and the caller's
+    `metadata`. ``"plain"`` layers were never decomposed, so their rank is the full one. The file is written beside the
+    target first and then moved, so that an interrupted write leaves an older file whole.
 
     Args:
         model: A decomposed model. The module itself is left alone.
@@ -44,21 +54,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     reserved = sorted({"format_version", "layers"} & (metadata or {}).keys())
     if reserved:
         raise ValueError(f"`metadata` must not have the key {reserved[0]!r}, which the format uses itself.")
-    tensors: dict[str, Tensor] = {}
-    plan: dict[str, dict[str, Any]] = {}
-    for module, names in module_names(model).items():
-        if isinstance(module, BasisPair):
-            if module is model:
-                raise ValueError("`model` is a single pair: wrap it, for example in `torch.nn.Sequential(pair)`.")
-            layer = fold_pair(module)
-            kind = "pair" if isinstance(layer, nn.Sequential) else "fused"
-            entry = {"kind": kind, "rank": module.rank, "bias": module.needs_bias}
-            plan.update({name: entry for name in names})
-            for name in names:
-                tensors.update({f"{name}.{key}": value for key, value in layer.state_dict().items()})
-    prefixes = tuple(f"{name}." for name in plan)
-    tensors.update({k: v for k, v in model.state_dict().items() if not k.startswith(prefixes or ("\0",))})
+    if isinstance(model, BasisPair):
+        raise ValueError("`model` is a single pair: wrap it, for example in `torch.nn.Sequential(pair)`.")
+    folded: dict[nn.Module, nn.Module] = {pair: fold_pair(pair) for pair in named_pairs(model).values()}
+    plan = _plan_of(model, folded)
+    tensors = expected_state(model, folded)
     unique = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    broken = [key for key, value in unique.items() if value.is_floating_point() and value.isnan().any()]
+    if broken:
+        warnings.warn(f"{broken[0]!r} holds NaN: `bsdp.load` will refuse {os.fspath(path)}.", stacklevel=2)
     header = {"format_version": FORMAT_VERSION, "layers": plan, **(metadata or {})}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +75,21 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     return path
 
 
+def _plan_of(model: nn.Module, folded: Mapping[nn.Module, nn.Module]) -> dict[str, dict[str, Any]]:
+    inside = {child for pair in folded for child in pair.modules() if child is not pair}
+    plan: dict[str, dict[str, Any]] = {}
+    for module, names in module_names(model).items():
+        if isinstance(module, BasisPair):
+            kind = "pair" if isinstance(folded[module], nn.Sequential) else "fused"
+            entry = {"kind": kind, "rank": module.rank, "bias": module.needs_bias}
+        elif type(module) in SUPPORTED_TYPES and module not in inside and module is not model:
+            entry = {"kind": "plain", "rank": layer_cost(module).full_rank, "bias": module.bias is not None}
+        else:
+            continue
+        plan.update({name: entry for name in names})
+    return plan
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON metadata that `save` wrote.
 
@@ -78,34 +97,32 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a file of ours.
     """
-    from safetensors import SafetensorError, safe_open
+    with open_safetensors(Path(path)) as file:
+        return _header(file, Path(path))
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("bsdp")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+def _header(file: Any, path: Path) -> dict[str, Any]:
+    text = (file.metadata() or {}).get("bsdp")
     if text is None:
         raise ValueError(f"{path} was not written by `bsdp.save`: its metadata has no entry `bsdp`.")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has metadata that is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version") if isinstance(header, dict) else None
-        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}.")
+    header = parse_json(text, path)
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {shown(version)}; this release reads version {FORMAT_VERSION}.")
+    assert isinstance(header, dict)
     return header
 
 
 def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Load a file written by `save`.
 
+    Names, shapes and the plan are checked before any tensor is read, the values before the model is changed. Weights of
+    another floating-point precision are converted to the model's; values that it cannot hold are refused.
+
     Args:
         model: The original architecture (with the same head), or a function without arguments that builds it. A module
             given here is changed in place, once everything in the file has been checked.
-        path: The file.
+        path: The file. Files without ``"plain"`` entries, as they were written at first, are read, too.
 
     Returns:
         The folded model, of plain layers only, in eval mode.
@@ -114,66 +131,64 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, not ours, or does not fit the model; the model is then as it was.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    header = read_metadata(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(model, nn.Module):
-        model = model()
-    plan = header.get("layers")
-    _check_plan(model, plan, tensors, path)
-    assert isinstance(plan, dict)
+    path = Path(path)
+    with open_safetensors(path) as file:
+        header = _header(file, path)
+        if not isinstance(model, nn.Module):
+            model = model()
+        plan = _checked_plan(model, header.get("layers"), path)
+        expected = expected_state(model, _meta_layers(model, plan))
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        check_names_and_shapes(expected, shapes, path=path)
+        tensors = {key: file.get_tensor(key) for key in expected}
+    check_values(expected, tensors, path=path)
     unfold_into(model, plan)
     model.load_state_dict(tensors)
     return model.eval()
 
 
-def _check_plan(model: nn.Module, plan: object, tensors: Mapping[str, Tensor], path: object) -> None:
-    """Check all names, ranks and shapes before anything changes."""
+def _checked_plan(model: nn.Module, plan: object, path: Path) -> dict[str, dict[str, Any]]:
+    """Check all names and ranks; return the entries of layers that change."""
     if not isinstance(plan, dict):
         raise ValueError(f"{path} has no table `layers` in its metadata.")
     modules = dict(model.named_modules(remove_duplicate=False))
+    entries: dict[nn.Module, Any] = {}
     for name, entry in plan.items():
         module = modules.get(name) if name else None
         if module is None or type(module) not in SUPPORTED_TYPES:
             found = "no such layer" if module is None else f"a {type(module).__name__} there"
             raise ValueError(
-                f"{path} prunes layer {name!r}, but the model has {found}: pass the original architecture."
+                f"{path} has a plan for {shown(name)}, but the model has {found}: pass the original architecture."
             )
-        full = layer_cost(module).full_rank
-        ok = isinstance(entry, dict) and entry.get("kind") in ("pair", "fused") and isinstance(entry.get("bias"), bool)
-        rank = entry.get("rank") if ok else None
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
-            raise ValueError(
-                f"{path} has the plan {entry!r} for layer {name!r}; it needs a kind, a bias and a rank in 1..{full}."
-            )
-    # Shapes are checked against a meta copy, so that a misfit leaves the model untouched.
-    trial = _meta_copy(model)
-    unfold_into(trial, plan)
-    expected = trial.state_dict()
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
+        _check_entry(name, entry, module, path)
+        if entries.setdefault(module, entry) != entry:
+            raise ValueError(f"{path} has two plans for one layer, {shown(name)} being its second name.")
+    pairs = list(named_pairs(model))
+    if pairs:
+        raise ValueError(f"{path}: the model has a BasisPair at {pairs[0]!r}: pass the original architecture.")
+    return {n: {key: e[key] for key in ("kind", "rank", "bias")} for n, e in plan.items() if e["kind"] != "plain"}
+
+
+def _check_entry(name: str, entry: object, layer: nn.Module, path: Path) -> None:
+    full = layer_cost(layer).full_rank
+    kind, rank, bias = (entry.get(key) if isinstance(entry, dict) else None for key in ("kind", "rank", "bias"))
+    if kind not in _KINDS or type(bias) is not bool or type(rank) is not int or not 1 <= rank <= full:
         raise ValueError(
-            f"{path} does not fit the model: it lacks {missing[:3]} and has unknown {extra[:3]}; "
-            "pass the original architecture."
+            f"{path} has the plan {shown(entry)} for layer {name!r}; it needs a kind, a bias and a rank in 1..{full}."
         )
-    for key, value in tensors.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(
-                f"{path} does not fit the model: {key!r} has shape {tuple(value.shape)}, the model needs "
-                f"{tuple(expected[key].shape)}; pass the original architecture with the same number of classes."
-            )
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path} holds NaN or infinity in {key!r}.")
+    has_bias = layer.bias is not None
+    if kind == "plain" and (rank != full or bias != has_bias):
+        raise ValueError(
+            f"{path} has layer {name!r} at the full rank {rank} with {'a' if bias else 'no'} bias, but the model's has "
+            f"the full rank {full} and {'a' if has_bias else 'no'} bias: pass the original architecture."
+        )
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+def _meta_layers(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
+    """The layers that the plan asks for, without values, so that a misfit is found before the model changes."""
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, entry in plan.items():
+        layer = model.get_submodule(name)
+        if layer not in layers:
+            layers[layer] = empty_folded(meta_layer(layer), **entry)
+    return layers

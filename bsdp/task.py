@@ -109,16 +109,21 @@ class TransferTask(LightningModule):
             return super().load_from_checkpoint(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the network the structure of the checkpoint, before Lightning loads the weights."""
-        if "bsdp" in checkpoint:
-            from bsdp.structure import rebuild
+        """Give the network the structure of the checkpoint, before Lightning loads the weights.
 
-            rebuild(self, checkpoint["bsdp"])
-        elif any(isinstance(module, BasisPair) for module in self.modules()):
+        Raises:
+            ValueError: If structure or weights do not fit; the network is then as it was.
+        """
+        from bsdp.structure import rebuild_for
+
+        if "bsdp" not in checkpoint and any(isinstance(module, BasisPair) for module in self.modules()):
             raise ValueError(
                 "`ckpt_path`: the checkpoint is of a run without decomposition, so a run that decomposes cannot "
                 "continue it. Start a new run with its weights: `--model.weights CHECKPOINT`."
             )
+        # Without a trainer this is `load_from_checkpoint`, which checks the names afterwards by its own `strict`.
+        strict = self.strict_loading and self._trainer is not None
+        rebuild_for(self, checkpoint, strict=strict, source="`ckpt_path`: the checkpoint")
 
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, if the data tell.

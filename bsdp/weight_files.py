@@ -1,6 +1,5 @@
 """Weight files: find them, read them without running code from them, and load them into a network."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from bsdp.reading import check_tensor, is_ordinary, open_safetensors, parse_json, read_pickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -88,23 +88,15 @@ def read_weight_file(path: Path) -> WeightFile:
     Raises:
         ValueError: If the file cannot be read or holds no state dict.
     """
-    metadata: dict[str, Any] = {}
     try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("bsdp", "{}"))
-                content: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many types, all of them mean: not a readable weight file
-        reason = str(error).strip().split("\n")[0][:200]
+        content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickled(path), {})
+    except ValueError as error:
         raise ValueError(
-            f"`weights`: {path} cannot be read as a weight file ({type(error).__name__}: {reason}). Allowed are "
-            "safetensors files and state dicts saved by torch.save, which are read without running code from them."
+            f"`weights`: {path} cannot be read as a weight file. {error} Allowed are safetensors files and state dicts "
+            "saved by torch.save, which are read without running code from them."
         ) from error
-    if metadata.get("layers"):
+    plan = metadata.get("layers") or {}
+    if not isinstance(plan, dict) or any(not isinstance(e, dict) or e.get("kind") != "plain" for e in plan.values()):
         raise ValueError(
             f"`weights`: {path} holds a pruned network; read it with `bsdp.load`, or give the weights it was made from."
         )
@@ -114,11 +106,22 @@ def read_weight_file(path: Path) -> WeightFile:
             break
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"`weights`: {path} holds no state dict (names and tensors) but {type(content).__name__}.")
+    odd = [str(key) for key, value in content.items() if isinstance(value, Tensor) and not is_ordinary(value)]
+    if odd:
+        raise ValueError(f"`weights`: {path} holds tensors that are not ordinary dense ones, first {odd[0]!r}.")
     state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return WeightFile(path, state, metadata)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with open_safetensors(path) as file:
+        metadata = parse_json((file.metadata() or {}).get("bsdp", "{}"), path)
+        if not isinstance(metadata, dict):
+            raise ValueError(f"{path} has metadata that is no table.")
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no mapping)
 
 
 def load_state(network: nn.Module, file: WeightFile, *, spec: str, may_lack: str, extra: Sequence[str] = ()) -> None:
@@ -156,4 +159,6 @@ def load_state(network: nn.Module, file: WeightFile, *, spec: str, may_lack: str
             f"{len(own)} expected tensors, {'; '.join(details)}. Choose the `backbone` the file was made for, another "
             "file, or `weights: none` to start from random weights."
         )
+    for key, value in state.items():
+        check_tensor(key, value, own[key], path=f"`weights`: {file.path}")
     network.load_state_dict(state, strict=False)

@@ -73,14 +73,18 @@ def test_both_forms_are_in_the_plan() -> None:
 def test_a_plain_model_can_be_saved_too(tmp_path: Path) -> None:
     net = make_net("conv")
     path = bsdp.save(net, tmp_path / "plain.safetensors")
-    assert bsdp.read_metadata(path)["layers"] == {}
+    assert bsdp.read_metadata(path)["layers"] == {
+        "conv1": {"kind": "plain", "rank": 8, "bias": False},
+        "conv2": {"kind": "plain", "rank": 12, "bias": False},
+        "head": {"kind": "plain", "rank": 4, "bias": True},
+    }
     assert_same_state(bsdp.load(make_net("conv"), path), net.state_dict())
 
 
 def test_a_saved_shared_layer_is_shared_after_loading(tmp_path: Path) -> None:
     net = pruned("shared")
     path = bsdp.save(net, tmp_path / "a.safetensors")
-    assert sorted(bsdp.read_metadata(path)["layers"]) == ["first", "second"]
+    assert sorted(bsdp.read_metadata(path)["layers"]) == ["first", "head", "second"]
     loaded = bsdp.load(make_net("shared"), path)
     assert loaded.first is loaded.second
 
@@ -110,6 +114,7 @@ def test_metadata_is_json_with_the_plan_and_the_callers_values(tmp_path: Path) -
         "layers": {
             "conv1": {"kind": "fused", "rank": 8, "bias": False},
             "conv2": {"kind": "pair", "rank": 6, "bias": False},
+            "head": {"kind": "plain", "rank": 4, "bias": True},
         },
         **values,
     }
@@ -243,9 +248,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "list_kind": (with_entry("conv2", {**ENTRY, "kind": ["pair"]}), r"for layer 'conv2'; it needs a kind"),
     "no_bias_entry": (with_entry("conv2", {"kind": "pair", "rank": 6}), r"for layer 'conv2'; it needs a kind, a bias"),
     "no_entry": (with_entry("conv2", None), r"for layer 'conv2'; it needs a kind"),
-    "unknown_layer": (with_entry("conv9", ENTRY), r"prunes layer 'conv9', but the model has no such layer"),
-    "other_module": (with_entry("bn1", ENTRY), r"prunes layer 'bn1', but the model has a BatchNorm2d there"),
-    "the_model_itself": (with_entry("", ENTRY), r"prunes layer '', but the model has no such layer"),
+    "unknown_layer": (with_entry("conv9", ENTRY), r"has a plan for 'conv9', but the model has no such layer"),
+    "other_module": (with_entry("bn1", ENTRY), r"has a plan for 'bn1', but the model has a BatchNorm2d there"),
+    "the_model_itself": (with_entry("", ENTRY), r"has a plan for '', but the model has no such layer"),
     "other_rank": (
         with_entry("conv2", {**ENTRY, "rank": 5}),
         r"'conv2\.0\.weight' has shape \(6, 8, 3, 3\), the model needs \(5, 8, 3, 3\)",
@@ -295,7 +300,7 @@ def test_a_model_that_is_already_decomposed_or_of_another_family_is_refused(tmp_
     with pytest.raises(ValueError, match="the model has a BasisPair there: pass the original architecture"):
         bsdp.load(net, path)
     assert_same_state(net, before)
-    with pytest.raises(ValueError, match="prunes layer 'conv1', but the model has no such layer"):
+    with pytest.raises(ValueError, match="has a plan for 'conv1', but the model has no such layer"):
         bsdp.load(make_net("residual"), path)
 
 
