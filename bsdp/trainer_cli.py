@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from bsdp.callbacks.pruning_report import PruningReport
 from bsdp.record import PruningRecord
 from bsdp.runs import PRUNED_CHECKPOINT, find_checkpoint, free_config_name, new_logger, reopen_logger, run_folder_of
+from bsdp.structure import read_checkpoint
 from bsdp.weight_files import no_weight_files
 
 TASK = "bsdp.task.TransferTask"
@@ -82,6 +83,7 @@ class TransferCLI(LightningCLI):
             name = config.name if self.config.subcommand == "fit" else None
             self._checkpoint = find_checkpoint(config.ckpt_path, root=self._root(config), name=name)
             config.ckpt_path = str(self._checkpoint)
+            read_checkpoint(self._checkpoint)  # Lightning's own reading ends in a traceback when a file is damaged
 
     def before_instantiate_classes(self) -> None:
         """Take the number of classes from the data module, if only that knows it."""
