@@ -4,9 +4,11 @@
 `bsdp.datamodules`.
 """
 
+from bsdp.batch_norm_folding import BatchNormFolding, fold_batch_norm
 from bsdp.calibration import collect_output_moments, rebase
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
+from bsdp.export import ExportReport, export
 from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
 from bsdp.freezing import fixed_batch_norms, freeze
@@ -26,7 +28,9 @@ from bsdp.structure import load_checkpoint, rebuild, structure_of
 __all__ = [
     "BasisPair",
     "BasisScalingConv",
+    "BatchNormFolding",
     "Decomposition",
+    "ExportReport",
     "FeatureStatistics",
     "IterativePruner",
     "LayerCost",
@@ -42,8 +46,10 @@ __all__ = [
     "collect_output_moments",
     "decompose",
     "describe",
+    "export",
     "fixed_batch_norms",
     "fold",
+    "fold_batch_norm",
     "fold_pair",
     "freeze",
     "kept_share",

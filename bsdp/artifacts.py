@@ -1,0 +1,236 @@
+"""What a run leaves behind, read back without Lightning: run folders, checkpoints and ``pruned.safetensors``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp.backbone_families import Backbone
+from bsdp.backbones import build_backbone
+from bsdp.files import load, read_metadata
+from bsdp.folding import fold
+from bsdp.layers import named_pairs
+from bsdp.reading import read_pickled, shown
+from bsdp.structure import STRUCTURE_VERSION, load_checkpoint, rebuild
+from bsdp.weight_files import no_weight_files
+
+CONFIG_FILE = "config.yaml"
+PRUNED_CHECKPOINT = "pruned.ckpt"
+FAMILIES = ("bsdp", "torchvision", "timm")
+_PREFIX = "network."
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A network that was read back, with all that is known of it.
+
+    Attributes:
+        source: The file, or the name of a backbone.
+        decomposed: The network with its pairs, in eval mode. Of a safetensors file only the structure is like this:
+            the values are those of `folded`.
+        folded: The same network of plain layers, in eval mode.
+        image_shape: ``(channels, height, width)`` of the images that it was made for.
+        metadata: ``backbone``, ``head``, ``num_classes``, ``pretrained`` and, where they are known, ``class_names``,
+            ``image_size``, ``mean`` and ``std``, as values that JSON can hold.
+    """
+
+    source: Path | str
+    decomposed: nn.Module
+    folded: nn.Module
+    image_shape: tuple[int, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether there are pairs at all."""
+        return bool(named_pairs(self.decomposed))
+
+    def original(self) -> nn.Module:
+        """The undecomposed architecture with the same head and random weights, in eval mode."""
+        return _build(self.metadata, self.source).network.eval()
+
+    def example(self, batch_size: int = 1, *, image_size: int | None = None) -> Tensor:
+        """Random images that do not change from call to call.
+
+        Args:
+            batch_size: Number of images.
+            image_size: Height and width; None for those that the network was made for.
+        """
+        shape = self.image_shape if image_size is None else (self.image_shape[0], image_size, image_size)
+        return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def load_artifact(target: str | os.PathLike[str], *, backbones: bool = False) -> Artifact:
+    """Read a run folder, a checkpoint or a safetensors file; nothing is unpickled.
+
+    Args:
+        target: A run folder (its ``pruned.ckpt`` is read), a checkpoint of `bsdp.task.TransferTask`, or a file of
+            `bsdp.save` whose metadata names the backbone.
+        backbones: Whether the name of a backbone, such as ``bsdp:resnet20``, will do, too.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the run folder has no pruned checkpoint.
+        ValueError: If the file is damaged or of another kind.
+    """
+    if backbones and str(target).partition(":")[0] in FAMILIES and not Path(target).exists():
+        return _from_backbone(str(target))
+    path = find_artifact(target, backbones=backbones)
+    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+
+
+def find_artifact(target: str | os.PathLike[str], *, backbones: bool = False) -> Path:
+    """Find the file that a path means: the file itself, or the pruned checkpoint of a run folder.
+
+    Args:
+        target: See `load_artifact`.
+        backbones: Whether the error speaks of backbone names, too.
+
+    Raises:
+        FileNotFoundError: If there is none; the message names the checkpoints that are there.
+    """
+    path = Path(target).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        names = ", or the name of a backbone such as bsdp:resnet20" if backbones else ""
+        raise FileNotFoundError(
+            f"there is no file or folder {str(target)!r}: give a run folder, a checkpoint (.ckpt) or a .safetensors "
+            f"file written by bsdp{names}."
+        )
+    if (path / PRUNED_CHECKPOINT).is_file():
+        return path / PRUNED_CHECKPOINT
+    files = sorted(p for pattern in ("*.ckpt", "*/*.ckpt", "*.safetensors") for p in path.glob(pattern))
+    others = ", ".join(str(p.relative_to(path)) for p in files[:5])
+    advice = f"Give one of its files instead: {others}." if files else "There is no other checkpoint in it, either."
+    raise FileNotFoundError(f"the folder {str(target)!r} has no {PRUNED_CHECKPOINT}, so no run ended there. {advice}")
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """Find the folder of the run that wrote a checkpoint: the next one above it that holds ``config.yaml``."""
+    parents = list(checkpoint.absolute().parents)[:3]
+    return next((folder for folder in parents if (folder / CONFIG_FILE).is_file()), None)
+
+
+def _from_backbone(spec: str) -> Artifact:
+    with no_weight_files():
+        backbone = build_backbone(spec)
+    network = backbone.network.eval()
+    metadata = {"backbone": spec, "head": "original", "num_classes": backbone.num_classes, "pretrained": True}
+    size = backbone.image_size
+    return Artifact(spec, network, network, (3, size, size), metadata | backbone.normalization | {"image_size": size})
+
+
+def _from_safetensors(path: Path) -> Artifact:
+    metadata = read_metadata(path)
+    plan = metadata.pop("layers")
+    metadata.pop("format_version")
+    if not isinstance(metadata.get("backbone"), str):
+        raise ValueError(
+            f"{path} does not say which backbone it is of, so its network cannot be built here. In Python: "
+            f"`network = bsdp.load(MyNetwork(), {str(path)!r})`, then `bsdp.export(network, 'model.onnx', images)`."
+        )
+    backbone = _build(metadata, path)
+    folded = load(backbone.network, path)
+    decomposed = _build(metadata, path).network.eval()
+    _decompose_by_plan(decomposed, plan)
+    return Artifact(path, decomposed, folded, *_image_facts(metadata, None, backbone))
+
+
+def _decompose_by_plan(network: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a network the ranks and biases of a plan that `bsdp.load` has checked; the values mean nothing."""
+    ranks = {name: {"rank": entry["rank"]} for name, entry in plan.items() if entry["kind"] != "plain"}
+    rebuild(network, {"version": STRUCTURE_VERSION, "pairs": ranks})
+    for name, pair in named_pairs(network).items():
+        with torch.no_grad():
+            pair.scaling.bias.fill_(float(plan[name]["bias"]))
+
+
+def _from_checkpoint(path: Path) -> Artifact:
+    checkpoint = read_pickled(path)
+    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no `state_dict`.")
+    known = isinstance(settings, Mapping) and isinstance(settings.get("backbone"), str) and "head" in settings
+    if not known or not all(str(key).startswith(_PREFIX) for key in state):
+        raise ValueError(
+            f"{path} is of another LightningModule than `bsdp.task.TransferTask`, whose network cannot be built here. "
+            f"In Python: `module = MyModule(); bsdp.load_checkpoint(module, {str(path)!r})`, then "
+            "`bsdp.export(module.network, 'model.onnx', images)` with the module's own network."
+        )
+    assert isinstance(settings, Mapping)
+    metadata = {key: settings.get(key) for key in ("backbone", "head", "num_classes")}
+    metadata["pretrained"] = str(settings.get("weights") or "none").lower() != "none"
+    metadata |= {key: value for key, value in (settings.get("normalization") or {}).items() if key in ("mean", "std")}
+    backbone = _build(metadata, path)
+    network = backbone.network.eval()
+    load_checkpoint(nn.ModuleDict({_PREFIX.removesuffix("."): network}), str(path))
+    metadata |= _facts_of_run(path, metadata)
+    return Artifact(path, network, fold(network).eval(), *_image_facts(metadata, _seen_shape(checkpoint), backbone))
+
+
+def _build(metadata: Mapping[str, Any], source: Path | str) -> Backbone:
+    """Build the original network that the metadata describe, with random weights."""
+    classes, head = metadata.get("num_classes"), metadata.get("head", "original")
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"{source} names the number of classes {shown(classes)}; it must be an integer of at least 1.")
+    with no_weight_files():
+        return build_backbone(
+            metadata["backbone"],
+            num_classes=classes,
+            # Two networks of torchvision shift their input if, and only if, they are pretrained.
+            weights="default" if metadata.get("pretrained", True) else "none",
+            head="pool_linear" if head == "pool_linear" else "original",  # a pretrained head has the same shape
+        )
+
+
+def _facts_of_run(checkpoint: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the other files of the run know of the images: the pruned weights, else the configuration."""
+    folder = run_folder_of(checkpoint) or checkpoint.parent
+    same = [checkpoint.with_suffix(".safetensors"), folder / Path(PRUNED_CHECKPOINT).with_suffix(".safetensors")]
+    for path in same:
+        try:
+            found = read_metadata(path)
+        except (FileNotFoundError, ValueError):
+            continue
+        if all(found.get(key) == metadata[key] for key in ("backbone", "num_classes")):
+            return {key: found[key] for key in ("class_names", "image_size", "mean", "std") if found.get(key)}
+    return _facts_of_config(folder / CONFIG_FILE)
+
+
+def _facts_of_config(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["init_args"]
+        facts = {"image_size": settings.get("image_size"), **(settings.get("normalization") or {})}
+    except Exception:  # no such file, no YAML, or another shape of it: only a default is lost
+        return {}
+    return {key: facts[key] for key in ("image_size", "mean", "std") if facts.get(key)}
+
+
+def _seen_shape(checkpoint: Mapping[str, Any]) -> object:
+    """The shape of the images that a pruning callback saw in training, as its record in the checkpoint says."""
+    states = checkpoint.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        record = state.get("record") if isinstance(state, Mapping) else None
+        shapes = record.get("input_shapes") if isinstance(record, Mapping) else None
+        if isinstance(shapes, list) and len(shapes) == 1 and isinstance(shapes[0], list):
+            return shapes[0][1:]
+    return None
+
+
+def _image_facts(metadata: dict[str, Any], seen: object, backbone: Backbone) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The shape of the images, from the best source there is, and the metadata with their size."""
+    size = metadata.get("image_size") or backbone.image_size
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    shape = seen if isinstance(seen, list) and len(seen) == 3 else [3, height, width]
+    if not all(type(side) is int and 1 <= side <= 2**16 for side in shape):
+        raise ValueError(f"the image size {shown(shape)} of the file is no size; the file is damaged.")
+    return tuple(shape), {**metadata, "image_size": shape[1] if shape[1] == shape[2] else shape[1:]}
