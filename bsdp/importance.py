@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_choice
+from bsdp.compiling import uncompiled
 from bsdp.layers import BasisPair
 
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {"mean_square": torch.square, "mean_abs": torch.abs}
@@ -93,13 +94,17 @@ class FeatureStatistics:
         """Record every forward pass made inside the ``with`` block."""
         handles = self.attach()
         try:
-            yield
+            with uncompiled():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def attach(self) -> list[Any]:
-        """Add the hooks and return their handles, for callers whose start and end are different events."""
+        """Add the hooks and return their handles, for callers whose start and end are different events.
+
+        Compiled graphs do not call hooks that were added later: run such a model in `bsdp.compiling.uncompiled`.
+        """
 
         def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             return lambda _module, _inputs, output: self.update(name, output)
@@ -204,26 +209,30 @@ class ScoreAccumulator:
             ``{layer name: [groups * rank]}``, float32.
 
         Raises:
-            NoScoresError: If no finite gradient was accumulated.
-            ValueError: If `statistics` lacks a layer that ``"energy"`` needs.
+            NoScoresError: If no finite gradient was accumulated, `statistics` lacks a layer that ``"energy"`` needs, or
+                a score is NaN or infinite.
         """
+        scores = self._compute(statistics)
+        broken = next((name for name, score in scores.items() if not score.isfinite().all()), None)
+        if broken is not None:
+            raise NoScoresError(f"scores are NaN or infinite (first in layer {broken!r}): the loss is exploding.")
+        return scores
+
+    def _compute(self, statistics: FeatureStatistics | None) -> dict[str, Tensor]:
         if self.importance == "magnitude":
             return {n: magnitude(p.scale, column_norms(p)).float() for n, p in self.pairs.items()}
         if self.importance == "energy":
             moments = {} if statistics is None else statistics.second_moments()
             missing = [name for name in self.pairs if name not in moments]
             if missing:
-                raise ValueError(
-                    f"`importance='energy'` needs feature statistics of layer {missing[0]!r}: collect some batches "
-                    "with `FeatureStatistics` and pass it to `compute`."
+                raise NoScoresError(
+                    f"`importance='energy'` needs feature statistics of layer {missing[0]!r}: collect some "
+                    "batches with `FeatureStatistics` and pass it to `compute`."
                 )
             return {n: energy(p.scale, column_norms(p), moments[n]).float() for n, p in self.pairs.items()}
         if self._sum is None or float(self._steps) == 0:  # a mean over processes may lie between 0 and 1
             raise NoScoresError("no finite gradient was accumulated: call `update` after each backward pass.")
-        mean = self._sum / self._steps
-        if not mean.isfinite().all():
-            raise NoScoresError("the scores are NaN or infinite: the loss is exploding.")
-        return dict(zip(self.pairs, torch.split(mean, self._sizes), strict=True))
+        return dict(zip(self.pairs, torch.split(self._sum / self._steps, self._sizes), strict=True))
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by their mean over processes, so that all of them take the same decision."""

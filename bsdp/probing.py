@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from bsdp.compiling import uncompiled
+
 Observer = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
@@ -28,10 +30,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def probe(model: nn.Module, modules: Iterable[nn.Module], observe: Observer) -> Iterator[None]:
-    """Call ``observe(module, inputs, output)`` after each forward of `modules` while the model is in `evaluating`."""
+    """Call ``observe(module, inputs, output)`` after each forward of `modules` while the model is in `evaluating`.
+
+    Compiled graphs are not used meanwhile.
+    """
     handles = [module.register_forward_hook(lambda m, i, o: observe(m, i, o)) for module in modules]
     try:
-        with evaluating(model):
+        with evaluating(model), uncompiled():
             yield
     finally:
         for handle in handles:

@@ -8,16 +8,23 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from bsdp.compiling import inside_compiled, uncompiled
 from bsdp.cost import ModelCost
 from bsdp.probing import as_inputs, evaluating, first_tensor
 from bsdp.stats import measure_cost
 
 
 def only_network(pl_module: LightningModule) -> str:
-    """Name of the one child that has parameters; "" when the parameters are spread over the module."""
+    """Name of the one child that has parameters; "" when the parameters are spread over the module.
+
+    Of a child made by ``torch.compile`` it is the network inside.
+    """
     own = list(pl_module.parameters(recurse=False))
     children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
-    return children[0] if len(children) == 1 and not own else ""
+    if len(children) != 1 or own:
+        return ""
+    inside = inside_compiled(pl_module.get_submodule(children[0]))
+    return f"{children[0]}.{inside}" if inside else children[0]
 
 
 def measure_module_cost(
@@ -38,7 +45,7 @@ def measure_module_cost(
     seen: list[tuple[Any, ...]] = []
     handle = part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     try:
-        with evaluating(pl_module):
+        with evaluating(pl_module), uncompiled():
             if isinstance(example, dict):
                 pl_module(**{k: as_parameters(v, part) for k, v in example.items()})
             else:

@@ -11,8 +11,9 @@ def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
     """The mean of a tensor over all processes; the tensor itself when there is one."""
     if trainer.world_size == 1:
         return tensor
-    reduced = trainer.strategy.reduce(tensor, reduce_op="mean")
-    return reduced if isinstance(reduced, Tensor) else tensor
+    reduced = trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # which works in place
+    assert isinstance(reduced, Tensor)
+    return reduced
 
 
 def rewrap(trainer: Trainer) -> None:

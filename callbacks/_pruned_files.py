@@ -20,12 +20,13 @@ def write_pruned(trainer: Trainer, pl_module: LightningModule, network: nn.Modul
         The path of the checkpoint, and that of the weights.
     """
     folder = run_folder(trainer)
-    checkpoint = unused_path(folder / "pruned.ckpt", trainer=trainer)
-    weights = unused_path(folder / "pruned.safetensors", trainer=trainer)
+    names = ("pruned.ckpt", "pruned.safetensors")
+    # The first process decides: another one may look when the file is already there.
+    checkpoint, weights = trainer.strategy.broadcast(tuple(unused_path(folder / n, trainer=trainer) for n in names))
     trainer.save_checkpoint(checkpoint, weights_only=False)
     if trainer.is_global_zero:
         bsdp.save(network, weights, metadata=_metadata(trainer, pl_module))
-        rank_zero_info(f"bsdp: wrote {checkpoint.name} and {weights.name} to {folder}")
+        rank_zero_info(f"bsdp: wrote {checkpoint.name} and {weights.name} to {checkpoint.parent}")
     return checkpoint, weights
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+_OF_TUNERS = (".scale_batch_size_", ".lr_find_")  # what these restore is no earlier run
+
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of this run: that of the first `CSVLogger`, else ``trainer.log_dir``, else ``default_root_dir``.
@@ -27,8 +29,9 @@ def unused_path(path: Path, *, trainer: Trainer | None = None) -> Path:
         trainer: When its fit continued a checkpoint of the file's own folder (or one below it), the file is of this
             very run and the usual path is right although it exists.
     """
-    resumed = None if trainer is None else trainer.ckpt_path
-    if resumed is not None and path.resolve().parent in Path(resumed).resolve().parents:
+    resumed = None if trainer is None or trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
+    of_tuner = resumed is not None and resumed.name.startswith(_OF_TUNERS)
+    if resumed is not None and not of_tuner and path.resolve().parent in resumed.parents:
         return path
     free, number = path, 1
     while free.exists():

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from bsdp.pruner import PruningSettings, default_rounds
 
@@ -28,7 +29,10 @@ def scheduled_settings(
     epochs = None if planned is None else planned - first_epoch
     if rounds is None:
         if epochs is None:
-            raise ValueError("`rounds` must be given when the trainer has neither `max_epochs` nor `max_steps`.")
+            raise ValueError(
+                "`rounds` must be given when the trainer has no `max_epochs` and no `max_steps` from which the number "
+                "of epochs follows (with manual optimization or a loader without length it does not)."
+            )
         rounds = default_rounds(
             epochs=epochs, warmup_epochs=settings.warmup_epochs, epochs_per_round=settings.epochs_per_round
         )
@@ -44,14 +48,26 @@ def scheduled_settings(
 
 def planned_epochs(trainer: Trainer) -> int | None:
     """Epochs the trainer will run; None if it has no end."""
+    limits = [_epochs_of_steps(trainer)]
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        epochs: int | None = trainer.max_epochs
-    else:
-        epochs = None
-    if trainer.max_steps is not None and trainer.max_steps >= 0 and trainer.num_training_batches != math.inf:
-        steps = max(1, math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches))
-        by_steps = trainer.max_steps // steps
-        epochs = by_steps if epochs is None else min(epochs, by_steps)
+        limits.append(trainer.max_epochs)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _epochs_of_steps(trainer: Trainer) -> int | None:
+    """Whole epochs in `max_steps`; None where the steps of an epoch are not known before it is over."""
+    batches, limit = trainer.num_training_batches, trainer.max_steps
+    if limit is None or limit < 0 or batches == math.inf or not trainer.lightning_module.automatic_optimization:
+        return None
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    epochs, steps = -1, 0
+    while steps <= limit:
+        epochs += 1
+        per_step = trainer.accumulate_grad_batches
+        if scheduler is not None:
+            per_step = scheduler.get_accumulate_grad_batches(epochs)
+        steps += max(1, math.ceil(batches / per_step))
     return epochs
 
 

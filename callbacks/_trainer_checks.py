@@ -1,4 +1,4 @@
-"""What the callbacks refuse or wait for in a trainer, in one place."""
+"""What the callbacks refuse in a trainer, in one place."""
 
 from __future__ import annotations
 
@@ -9,35 +9,53 @@ from torch.optim import LBFGS, Optimizer
 
 from bsdp.layers import BasisPair
 
-_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
+_AVERAGES = (
+    "weight averaging keeps a copy of the model made before pruning, whose shapes no longer fit afterwards. Remove it "
+    "from the trainer's callbacks; to average weights, fine-tune the pruned model in a second run."
+)
+_CALLBACKS = {
+    "StochasticWeightAveraging": _AVERAGES,
+    "WeightAveraging": _AVERAGES,
+    "ModelPruning": (
+        "it puts masks in the shapes of the parameters on a model whose shapes change, and loses them on resume. "
+        "Remove it from the trainer's callbacks; bases are pruned here, and other weights in a second run."
+    ),
+    "BaseFinetuning": (
+        "it freezes and thaws layers by a plan of its own, while bases must stay frozen. Remove it from the trainer's "
+        "callbacks, and name what has to train beside the scaling factors in `trainable` of `BasisDecomposition`."
+    ),
+}
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_SPAWNING = {"_MultiProcessingLauncher", "_XLALauncher"}
+_REPLACING = {"BitsandbytesPrecision", "TransformerEnginePrecision"}
 
 
 def refuse_unsupported(trainer: Trainer, callback: object) -> None:
     """Refuse, before anything is changed, what cannot work beside a model that changes its shapes."""
     name = type(callback).__name__
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        kinds = {cls.__name__ for cls in type(other).__mro__}
-        if kinds & _AVERAGING:
-            raise ValueError(
-                f"`{name}` does not go with `{type(other).__name__}`: weight averaging keeps a copy of the model made "
-                "before pruning, whose shapes no longer fit afterwards. Remove it from the trainer's callbacks; "
-                "to average weights, fine-tune the pruned model in a second run."
-            )
-    if {cls.__name__ for cls in type(trainer.strategy).__mro__} & _SHARDING:
+        for kind in _ancestors(other) & _CALLBACKS.keys():
+            raise ValueError(f"`{name}` does not go with `{type(other).__name__}`: {_CALLBACKS[kind]}")
+    strategy = trainer.strategy
+    if _ancestors(strategy) & _SHARDING:
         raise ValueError(
-            f"`{name}` does not support the strategy {type(trainer.strategy).__name__}, which shards the parameters "
+            f"`{name}` does not support the strategy {type(strategy).__name__}, which shards the parameters "
             "that pruning cuts. Use a single device or `strategy='ddp'`."
         )
-    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
-    if launcher == "_MultiProcessingLauncher":
+    if _ancestors(getattr(strategy, "launcher", None)) & _SPAWNING:
         raise ValueError(
-            f"`{name}` does not support strategies that spawn or fork processes (ddp_spawn, ddp_notebook): "
+            f"`{name}` does not support strategies that spawn or fork processes (ddp_spawn, ddp_fork, ddp_notebook): "
             "the main process would load the pruned weights into its unpruned model. Use `strategy='ddp'`."
+        )
+    if _ancestors(strategy.precision_plugin) & _REPLACING:
+        raise ValueError(
+            f"`{name}` does not support the precision {type(strategy.precision_plugin).__name__}, which puts layers of "
+            "its own in the place of those that pruning cuts. Use `precision='bf16-mixed'`, and quantise the pruned "
+            "model afterwards."
         )
 
 
-def refuse_optimizers(optimizers: list[Optimizer]) -> None:
+def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers that evaluate the loss several times per step."""
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
@@ -45,6 +63,17 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> None:
                 "the optimizer LBFGS is not supported: it evaluates the loss several times per step and keeps a "
                 "history in the shape of all parameters. Use SGD, Adam, AdamW or another first-order optimizer."
             )
+
+
+def refuse_thawed(pairs: Mapping[str, BasisPair]) -> None:
+    """Refuse to go on when somebody has thawed the frozen weights of a pair, whose momentum no cut would follow."""
+    thawed = [n for n, p in pairs.items() if p.scaling.weight.requires_grad or next(p.basis.parameters()).requires_grad]
+    if thawed:
+        raise ValueError(
+            f"the frozen weights of {len(thawed)} decomposed layers (first: {thawed[0]!r}) require a gradient now: a "
+            "callback or a hook of the module has thawed them. Leave these layers out with `exclude` of "
+            "`BasisDecomposition` if they have to train, or leave out what thaws them."
+        )
 
 
 def check_scales(optimizers: Sequence[Optimizer], pairs: Mapping[str, BasisPair]) -> None:
@@ -66,3 +95,8 @@ def check_scales(optimizers: Sequence[Optimizer], pairs: Mapping[str, BasisPair]
 def holds(optimizer: Optimizer, parameter: object) -> bool:
     """Whether an optimizer holds a parameter."""
     return any(p is parameter for group in optimizer.param_groups for p in group["params"])
+
+
+def _ancestors(thing: object) -> set[str]:
+    """Names of a thing's class and of all classes above it; by name, as some live in packages that are not there."""
+    return {cls.__name__ for cls in type(thing).__mro__}

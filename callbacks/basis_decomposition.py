@@ -8,8 +8,9 @@ from itertools import islice
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from bsdp._checks import check_at_least, check_choice, check_patterns, matches
@@ -71,6 +72,7 @@ class BasisDecomposition(Callback):
         self.batch_norm = batch_norm
         self.train_bias = train_bias
         self.decomposition: Decomposition | None = None
+        self._kept: list[str] = []
         self._fixed_batch_norms: list[nn.Module] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,6 +88,7 @@ class BasisDecomposition(Callback):
                 "of the LightningModule, not in `setup`, which runs after the callbacks' own."
             )
         head = find_head(pl_module)
+        self.decomposition = self._own_decomposition(pl_module)
         if not named_pairs(target):
             include = self.include if self.include is not None or self.backbone is None else ["*"]
             self.decomposition = decompose(target, include=include, exclude=self.exclude)
@@ -98,6 +101,12 @@ class BasisDecomposition(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that every scaling factor is in an optimizer, also one that was built before `setup`."""
         refuse_optimizers(trainer.optimizers)
+        if not named_pairs(pl_module):
+            raise ValueError(
+                "the decomposed layers are gone: something built the network anew after `setup`. Let "
+                "`configure_model`, which is called twice, return at once when the network is there."
+            )
+        self._fixed_batch_norms = self._find_fixed_batch_norms(pl_module)  # `sync_batchnorm` has replaced them
         homeless = adopt_parameters(trainer.optimizers, self._successors(), pl_module)
         held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
         missing = [n for n, p in named_pairs(pl_module).items() if id(p.scaling.delta) not in held]
@@ -114,19 +123,31 @@ class BasisDecomposition(Callback):
         pairs = named_pairs(pl_module)
         untouched = all(pair.rank == pair.full_rank for pair in pairs.values())
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
-            moments = OutputMoments(pairs)
-            with moments.collecting(pl_module):
-                for batch in islice(_own_iterator(trainer.train_dataloader), self.calibration_batches):
-                    images = first_tensor(trainer.strategy.batch_to_device(batch))
-                    if images is None:
-                        raise ValueError(
-                            "`metric: activation` reads the first floating-point tensor of a training batch, and there "
-                            "is none; use `metric: euclidean`."
-                        )
-                    pl_module(as_parameters(images, pl_module))
-            # Each process saw its own share of the data; all of them must get the same bases.
-            reduced = {name: mean_over_processes(trainer, moment) for name, moment in moments.compute().items()}
-            rebase(pairs, reduced)
+            rebase(pairs, self._output_moments(trainer, pl_module, pairs))
+
+    def _output_moments(
+        self, trainer: Trainer, pl_module: LightningModule, pairs: dict[str, BasisPair]
+    ) -> dict[str, Tensor]:
+        """Second moments of the layers' outputs on the first training batches of all processes."""
+        moments = OutputMoments(pairs)
+        with moments.collecting(pl_module):
+            for batch in islice(_own_iterator(trainer.train_dataloader), self.calibration_batches):
+                images = first_tensor(trainer.strategy.batch_to_device(batch))
+                if images is None:
+                    raise ValueError(
+                        "`metric: activation` reads the first floating-point tensor of a training batch, and there "
+                        "is none; use `metric: euclidean`."
+                    )
+                pl_module(as_parameters(images, pl_module))
+        # Each process saw its own share of the data; all of them must get the same bases.
+        reduced = {name: mean_over_processes(trainer, moment) for name, moment in moments.compute().items()}
+        broken = [name for name, moment in reduced.items() if not moment.isfinite().all()]
+        if broken:
+            rank_zero_warn(
+                f"the outputs of {len(broken)} layers (first: {broken[0]!r}) are NaN or infinite on the first training "
+                "batches: these layers keep the bases of the euclidean metric."
+            )
+        return {name: moment for name, moment in reduced.items() if name not in broken}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
@@ -157,11 +178,22 @@ class BasisDecomposition(Callback):
         if self.backbone is None and head is not None and not isinstance(pl_module.get_submodule(head), BasisPair):
             patterns.append(head)
         prefix = f"{self.backbone}." if self.backbone else ""
-        kept = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and matches(n, patterns)]
-        freeze(target, trainable=kept, batch_norm=self.batch_norm, train_bias=self.train_bias)
-        self._fixed_batch_norms = fixed_batch_norms(target, trainable=kept, batch_norm=self.batch_norm)
+        self._kept = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and matches(n, patterns)]
+        freeze(target, trainable=self._kept, batch_norm=self.batch_norm, train_bias=self.train_bias)
+        self._fixed_batch_norms = self._find_fixed_batch_norms(pl_module)
         if not any(p.requires_grad for p in pl_module.parameters()):
             raise ValueError("nothing is trainable after decomposing; check `include`, `exclude` and `trainable`.")
+
+    def _find_fixed_batch_norms(self, pl_module: LightningModule) -> list[nn.Module]:
+        return fixed_batch_norms(self._target(pl_module), trainable=self._kept, batch_norm=self.batch_norm)
+
+    def _own_decomposition(self, pl_module: LightningModule) -> Decomposition | None:
+        """What an earlier `setup` did to this very module; another module may have been fitted since."""
+        done = self.decomposition
+        if done is None:
+            return None
+        pairs = set(named_pairs(pl_module).values())
+        return done if all(pair in pairs for _, pair in done.replaced.values()) else None
 
     def _successors(self) -> list[tuple[Tensor, nn.Parameter]]:
         if self.decomposition is None:
@@ -192,8 +224,9 @@ class BasisDecomposition(Callback):
             rank_zero_info(f"bsdp: left as it is: {shown}: {reason}")
 
 
-def _own_iterator(loader: Any) -> Iterator[Any]:
-    """Read a loader from its start without disturbing the iterator that the trainer has of it."""
+def _own_iterator(loaders: Any) -> Iterator[Any]:
+    """Read a loader (of several, the first) from its start without disturbing the iterator the trainer has of it."""
+    loader = next(iter(tree_leaves(loaders)), None)
     if isinstance(loader, DataLoader):
         loader = copy.copy(loader)
         loader._iterator = None  # persistent workers would hand out the trainer's own iterator

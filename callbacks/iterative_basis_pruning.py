@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._records import describe_cut, structure_values
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
-from bsdp.callbacks._trainer_checks import check_scales, holds, refuse_optimizers, refuse_unsupported
+from bsdp.callbacks._trainer_checks import check_scales, holds, refuse_optimizers, refuse_thawed, refuse_unsupported
+from bsdp.compiling import forget_graphs
 from bsdp.layers import named_pairs
 from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
 from bsdp.record import PruningRecord
@@ -123,7 +125,7 @@ class IterativeBasisPruning(Callback):
         self.checkpoint_path: Path | None = None
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
-        self._handles: list[Any] = []
+        self._watching = ExitStack()
 
     @property
     def record(self) -> PruningRecord:
@@ -136,6 +138,7 @@ class IterativeBasisPruning(Callback):
         """Refuse what cannot work, before anything runs."""
         if stage != "fit":
             return
+        self.pruner = self._loaded = self.checkpoint_path = self.weights_path = None  # another fit starts anew
         refuse_unsupported(trainer, self)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
             raise ValueError(
@@ -192,6 +195,7 @@ class IterativeBasisPruning(Callback):
         """Make the cut that is due, so that no checkpoint carries a new structure under an old metric."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        refuse_thawed(self._pruner().pairs)
         self._cut_if_due(trainer, pl_module)
         self._pruner().start_epoch()
         self._log_structure(trainer, pl_module)
@@ -208,7 +212,7 @@ class IterativeBasisPruning(Callback):
         batches = trainer.num_training_batches
         stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
         if (self.settings.mean_to_bias or self.settings.importance == "energy") and batch_idx % stride == 0:
-            self._handles = pruner.statistics.attach()
+            self._watching.enter_context(pruner.statistics.collecting())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
@@ -265,6 +269,12 @@ class IterativeBasisPruning(Callback):
         else:
             pruner.finish()
             chosen = self.record.rounds[-1]
+        if pruner.scheduled < pruner.settings.rounds and not pruner.stopped:
+            rank_zero_warn(
+                f"training ended after {pruner.scheduled} of {pruner.settings.rounds} pruning rounds, short of "
+                f"`target={self.settings.target}`: something other than the tolerance stopped it (`max_steps`, "
+                "`max_time`, `EarlyStopping`, ...). Let it train longer, or set fewer `rounds`."
+            )
         params = self.record.kept(chosen, "params")
         assert params is not None
         if chosen.round == 0 and len(self.record.rounds) > 1:
@@ -355,6 +365,7 @@ class IterativeBasisPruning(Callback):
         pruner.reduce(lambda tensor: mean_over_processes(trainer, tensor))
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
+            forget_graphs()
             rank_zero_info(
                 f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
                 f"{pruner.settings.rounds} {describe_cut(self.record)}"
@@ -362,9 +373,9 @@ class IterativeBasisPruning(Callback):
 
     def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not getattr(trainer, "barebones", False):
-            pl_module.log_dict(structure_values(self.record), on_step=False, on_epoch=True)
+            # The same in all processes; the maximum, as a mean would round large numbers.
+            values = structure_values(self.record)
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._watching.close()
