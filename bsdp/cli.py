@@ -34,13 +34,25 @@ class Command:
     Args:
         target: ``module:function``; its arguments become the options.
         help: One line for the overview.
+        positional: Whether arguments without a default go without an option's name.
     """
 
     target: str
     help: str
+    positional: bool = True
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS = {
+    "export": Command(
+        "bsdp.commands:export", "write the pruned network as ONNX, torch.export or safetensors file", False
+    ),
+    "describe": Command(
+        "bsdp.commands:describe", "show layers, ranks, parameters and MACs of a checkpoint or backbone"
+    ),
+    "benchmark": Command(
+        "bsdp.commands:benchmark", "time the original and the pruned network side by side", positional=False
+    ),
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -83,10 +95,11 @@ def _run(word: str, rest: list[str]) -> None:
             silence_third_parties(resume=word == "fit")
             TransferCLI([word, *_with_run_config(_files_first(rest))])
     elif word in COMMANDS:
-        from jsonargparse import auto_cli
+        from bsdp.command_parser import call_with_words
 
         module, _, name = COMMANDS[word].target.partition(":")
-        result = auto_cli(getattr(importlib.import_module(module), name), args=rest, exit_on_error=False)
+        function = getattr(importlib.import_module(module), name)
+        result = call_with_words(function, rest, name=word, positional=COMMANDS[word].positional)
         if result is not None:
             print(result)
     else:
@@ -107,6 +120,7 @@ def _overview() -> str:
         "A --config that does not exist is looked up among the packaged ones: bsdp fit --config quickstart",
         "  bsdp fit --config ... --ckpt_path last     continue the last run in its own folder",
         "  bsdp test --ckpt_path RUN/pruned.ckpt      measure the pruned model of a run with the run's own settings",
+        "  bsdp export --ckpt RUN --format onnx       write the pruned network of a run for other programs",
     ]
     return "\n".join(lines)
 
@@ -195,11 +209,35 @@ def _message_for_users(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, Exception) and _raised_on_purpose(cause):
             return str(cause).strip() or type(cause).__name__
+        text = " ".join(str(cause).split())[:200]
+        if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in text or "CUDA out of memory" in text:
+            return f"not enough memory ({text}): make the batch, the images or the network smaller."
+        if isinstance(cause, TypeError) and "__init__() got an unexpected keyword argument" in text:
+            return f"{text}. --help lists the options."
+        if _restores(cause):
+            reason = f"{type(cause).__name__}: {text}"
+            return f"`ckpt_path` cannot be restored ({reason}): it is damaged, or of another model, trainer or version."
         cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
         lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
         return " ".join(line for line in lines if line and not line.startswith(_NOISE)) + ". --help lists the options."
     return str(error) if type(error).__name__ == "MisconfigurationException" else None
+
+
+def _restores(error: BaseException) -> bool:
+    """Tell whether an error came up while the trainer, or a callback of ours, took its state from a checkpoint."""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        ours = any(folder in Path(code.co_filename).resolve().parents for folder in _own_folders())
+        if Path(code.co_filename).name == "checkpoint_connector.py" or (ours and code.co_name == "load_state_dict"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _own_folders() -> list[Path]:
+    return [(Path(__file__).parent / part).resolve() for part in (".", "callbacks", "datamodules")]
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
@@ -210,7 +248,7 @@ def _raised_on_purpose(error: BaseException) -> bool:
     if trace is None or isinstance(error, AssertionError):
         return False
     file = Path(trace.tb_frame.f_code.co_filename).resolve()
-    folders = [(Path(__file__).parent / part).resolve() for part in (".", "callbacks", "datamodules")]
+    folders = _own_folders()
     if "lightning" in sys.modules:
         folders.append(Path(str(sys.modules["lightning"].__file__)).resolve().parent)
     line = linecache.getline(str(file), trace.tb_lineno).strip()

@@ -167,6 +167,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key in ("hyper_parameters", "callbacks", "loops"):
         if not isinstance(checkpoint.get(key, {}), Mapping):
             raise ValueError(f"{path} is not a Lightning checkpoint: its `{key}` is no table.")
+    for key in ("epoch", "global_step"):
+        if type(checkpoint.get(key, 0)) is not int or checkpoint.get(key, 0) < 0:
+            raise ValueError(f"{path} is not a Lightning checkpoint: its `{key}` is {shown(checkpoint[key])}.")
     return checkpoint
 
 
