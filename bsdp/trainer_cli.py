@@ -20,8 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info
 
+from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
 from bsdp.callbacks.pruning_report import PruningReport
 from bsdp.record import PruningRecord
+from bsdp.resume import LastCheckpoint, RunState
 from bsdp.runs import PRUNED_CHECKPOINT, find_checkpoint, free_config_name, new_logger, reopen_logger, run_folder_of
 from bsdp.structure import read_checkpoint
 from bsdp.weight_files import no_weight_files
@@ -110,12 +112,16 @@ class TransferCLI(LightningCLI):
         if config.enable_progress_bar is None and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
             callbacks.append(EpochLines())
+        if self.subcommand == "fit":
+            callbacks.append(RunState())
         if config.enable_checkpointing is not False and not any(_writes_last(callback) for callback in callbacks):
-            callbacks.append(ModelCheckpoint(filename="last", enable_version_counter=False))
+            callbacks.append(LastCheckpoint())
         prunes = any(isinstance(getattr(callback, "record", None), PruningRecord) for callback in callbacks)
         if prunes and self.subcommand == "fit" and not any(isinstance(c, PruningReport) for c in callbacks):
             callbacks.append(PruningReport())
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        write_whole_checkpoints(trainer)
+        return trainer
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -161,11 +167,13 @@ class TransferCLI(LightningCLI):
 
 
 def _writes_last(callback: Callback) -> bool:
-    """Tell whether a callback keeps the newest checkpoint.
+    """Tell whether a callback keeps the newest checkpoint under the name that ``--ckpt_path last`` looks for.
 
     One that monitors a metric keeps the best epochs; its ``save_last`` is a copy of the newest of those.
     """
-    return isinstance(callback, ModelCheckpoint) and (callback.monitor is None or bool(callback.save_last))
+    if not isinstance(callback, ModelCheckpoint) or callback.monitor is not None:
+        return False
+    return callback.filename == "last" or bool(callback.save_last)
 
 
 def silence_third_parties(*, resume: bool) -> None:

@@ -359,7 +359,7 @@ def test_find_checkpoint_takes_the_newest(tmp_path: Path) -> None:
     ]
     for age, file in enumerate(reversed(files)):
         file.parent.mkdir(parents=True)
-        file.touch()
+        torch.save({"state_dict": {}}, file)
         os.utime(file, (age, age))
 
     assert find_checkpoint("last", root=tmp_path) == files[0]
@@ -379,13 +379,20 @@ def test_run_folder_and_config_names(tmp_path: Path) -> None:
     assert free_config_name(tmp_path) == "config.resume-2.yaml"
 
 
-def test_reopened_logger_keeps_the_rows_before_the_checkpoint(tmp_path: Path) -> None:
+def test_reopened_logger_has_the_rows_of_the_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "name" / "version_3"
     run.mkdir(parents=True)
-    (run / "metrics.csv").write_text("a,step\n1.0,0\n2.0,4\n3.0,5\n4.0,9\n")
-    logger = reopen_logger(run, checkpoint={"global_step": 5})
+    (run / "metrics.csv").write_text("a,step\n1.0,0\n2.0,4\n3.0,5\n4.0,9\n5.")
+    state = {"metrics": "a,step\r\n1.0,0\r\n2.0,4\r\n", "row": {"c": 0.1, "step": 4}}
+    logger = reopen_logger(run, checkpoint={"global_step": 5, "bsdp_run": state})
     logger.log_metrics({"b": 7.0}, step=5)
     logger.save()
 
     assert Path(logger.log_dir) == run
-    assert rows(run / "metrics.csv") == ["a,b,step", "1.0,,0", "2.0,,4", ",7.0,5"]
+    assert rows(run / "metrics.csv") == ["a,b,c,step", "1.0,,,0", "2.0,,,4", ",,0.1,4", ",7.0,,5"]
+
+
+def test_reopened_logger_keeps_all_rows_where_the_checkpoint_has_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("a,step\n1.0,0\n2.0,4\n")
+    reopen_logger(tmp_path, checkpoint={}).save()
+    assert rows(tmp_path / "metrics.csv") == ["a,step", "1.0,0", "2.0,4"]
