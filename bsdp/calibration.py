@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.factorize import factorize
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, spatial_dims, to_matrix
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, spatial_dims
 from bsdp.probing import as_inputs, probe
 
 
@@ -89,6 +89,5 @@ def rebase(pairs: Mapping[str, BasisPair], moments: Mapping[str, Tensor]) -> Non
             continue
         if pair.rank != pair.full_rank:
             raise ValueError(f"layer {name!r} has rank {pair.rank} of {pair.full_rank}: rebase before pruning.")
-        matrix = to_matrix(pair.weight, pair.groups)
-        factors = factorize(matrix, metric="activation", moment=moments[name])
+        factors = factorize(pair.product, metric="activation", moment=moments[name])
         pair.set_factors(factors.basis, factors.coefficients, factors.sigma)

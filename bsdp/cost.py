@@ -2,7 +2,8 @@
 
 With `groups` g, `fan_in` m and `out_channels` o the fused layer has ``o * m`` weights and the pair
 ``rank * (g * m + o)``; multiply-adds are the same numbers times the output positions. Both break even at
-``o * m / (g * m + o)``.
+``o * m / (g * m + o)``. A transposed convolution works at the positions of its input, and its 1x1 layer at the
+``expansion`` times more positions of the output, so that its multiply-adds break even earlier.
 """
 
 from __future__ import annotations
@@ -14,9 +15,22 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from bsdp._checks import check_choice
-from bsdp.layers import BasisPair, layer_groups, weight_of
+from bsdp.layers import BasisPair, is_transposed, layer_groups, layer_outputs, weight_of
 
 COST_KINDS = ("params", "macs", "bases")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions per example at which a layer is computed, summed over all its calls; zeros if it is never called.
+
+    Attributes:
+        weights: Where the layer's own weights apply: output positions, or the input's of a transposed convolution.
+        outputs: Output positions, where the 1x1 layer of a pair applies.
+    """
+
+    weights: int
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,10 @@ class LayerCost:
         groups: Groups of the convolution.
         full_rank: Largest rank per group, ``min(fan_in, out_channels / groups)``.
         bias: Whether the original layer has a bias.
-        positions: Output positions per example, summed over all calls; None when not measured.
+        positions: Positions per example of the layer's weights (see `Positions`); None when not measured.
+        output_positions: Positions of the 1x1 layer; None: the same.
+        expansion: Output positions per position of the weights, as the stride of a transposed convolution says.
+        whole: Whether the layer must stay one layer, because other code reads its weight or knows its arguments.
     """
 
     fan_in: int
@@ -38,6 +55,14 @@ class LayerCost:
     full_rank: int
     bias: bool
     positions: int | None = None
+    output_positions: int | None = None
+    expansion: int = 1
+    whole: bool = False
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether removing bases can pay: not in a layer that must stay whole or is never called."""
+        return not self.whole and self.positions != 0
 
     @property
     def fused(self) -> int:
@@ -51,13 +76,27 @@ class LayerCost:
 
     @property
     def break_even_rank(self) -> float:
-        """The rank at which the pair costs as much as the fused layer."""
-        return self.fused / self.per_rank
+        """The rank at which the pair costs as much as the fused layer (multiply-adds, where the two differ)."""
+        return self.fused / (self.groups * self.fan_in + self.out_channels * self.expansion)
 
     @property
     def largest_useful_rank(self) -> int:
         """The largest rank at which the pair is strictly cheaper than the fused layer; 0 if there is none."""
-        return min(self.full_rank, math.ceil(self.break_even_rank) - 1)
+        return 0 if self.whole else min(self.full_rank, math.ceil(self.break_even_rank) - 1)
+
+    def slope(self, kind: str) -> int:
+        """What one more basis in every group adds to the pair.
+
+        Args:
+            kind: ``"params"``, ``"macs"`` or ``"bases"``.
+        """
+        if kind == "bases":
+            return self.groups
+        if kind == "params":
+            return self.per_rank
+        positions = self._measured()
+        outputs = positions if self.output_positions is None else self.output_positions
+        return self.groups * self.fan_in * positions + self.out_channels * outputs
 
     def kind(self, rank: int) -> str:
         """How the layer is deployed at a rank: ``"pair"`` or ``"fused"``; fused when both cost the same."""
@@ -73,36 +112,45 @@ class LayerCost:
         """
         if kind == "bases":
             return self.groups * rank
-        weights = min(self.fused, rank * self.per_rank)
+        pair = self.kind(rank) == "pair"
         if kind == "macs":
-            if self.positions is None:
-                raise ValueError(
-                    "MACs need the output positions of the layers: measure the cost with an example input."
-                )
-            return weights * self.positions
+            return rank * self.slope(kind) if pair else self.fused * self._measured()
         has_bias = self.bias or (new_bias and rank < self.full_rank)
-        return weights + (self.out_channels if has_bias else 0)
+        return (rank * self.per_rank if pair else self.fused) + (self.out_channels if has_bias else 0)
+
+    def _measured(self) -> int:
+        if self.positions is None:
+            raise ValueError("MACs need the output positions of the layers: measure the cost with an example input.")
+        return self.positions
 
     def original(self, *, kind: str = "params") -> int:
         """Cost of the original layer (for ``"bases"``: all bases at full rank)."""
         return self.deployed(self.full_rank, kind=kind)
 
 
-def layer_cost(layer: nn.Module, *, positions: int | None = None) -> LayerCost:
+def layer_cost(layer: nn.Module, *, positions: Positions | None = None) -> LayerCost:
     """Read the geometry of a pair, or of a convolution or linear layer, into a `LayerCost`.
 
     Args:
-        layer: A `BasisPair`, ``Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``.
-        positions: Output positions per example, see `LayerCost`.
+        layer: A `BasisPair`, or a layer that one can stand in for.
+        positions: Where it is computed.
     """
-    groups = layer_groups(layer)
+    groups, outputs = layer_groups(layer), layer_outputs(layer)
     if isinstance(layer, BasisPair):
-        fan_in, out_channels, bias = layer.fan_in, groups * layer.out_per_group, layer.had_bias
+        fan_in, bias, whole = layer.fan_in, layer.had_bias, layer.whole
     else:
-        weight = weight_of(layer)
-        fan_in, out_channels, bias = weight[0].numel(), weight.shape[0], layer.bias is not None
-    full_rank = min(fan_in, out_channels // groups)
-    return LayerCost(fan_in, out_channels, groups, full_rank, bias, positions)
+        fan_in, bias, whole = weight_of(layer).numel() // outputs, layer.bias is not None, False
+    return LayerCost(
+        fan_in=fan_in,
+        out_channels=outputs,
+        groups=groups,
+        full_rank=min(fan_in, outputs // groups),
+        bias=bias,
+        positions=None if positions is None else positions.weights,
+        output_positions=None if positions is None else positions.outputs,
+        expansion=math.prod(layer.stride) if is_transposed(layer) else 1,  # type: ignore[arg-type]
+        whole=whole,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from bsdp._checks import check_choice, check_patterns, matches
 from bsdp.cost import layer_cost
 from bsdp.factorize import METRICS, factorize
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, layer_groups, to_matrix, weight_of
-from bsdp.probing import as_inputs, probe
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, watching, weight_of
+from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
 
 _CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
@@ -70,7 +70,7 @@ def decompose(
         statistics: For ``"activation"``: per layer name the second moment ``E[y y^T]`` of its outputs before the bias,
             ``[out_channels, out_channels]``.
         example_input: Input (or tuple of inputs) of the model. When given, layers that are never called through their
-            ``forward`` are left alone, too.
+            ``forward``, or whose weight other code reads, are left alone, too.
 
     Returns:
         What was replaced, and what was left alone with the reason.
@@ -111,11 +111,34 @@ def decompose(
             replacements[layer] = pair_from_layer(layer, metric=metric, moment=moment)
         except ValueError as error:
             raise ValueError(f"layer {layer_names[0]!r} {tuple(weight_of(layer).shape)}: {error}") from error
+    replaced = _swap(model, replacements)
+    if example_input is not None:
+        for name in _put_back_whole(model, replacements, example_input):
+            skipped[name] = "other code reads its weight, or calls it with more than its input"
+            del replaced[name]
+    by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
+    return Decomposition(by_name, skipped)
+
+
+def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:
     replaced = replace_modules(model, replacements)
     for old, new in replacements.items():
         move_hooks(old, new)
-    by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
-    return Decomposition(by_name, skipped)
+    return replaced
+
+
+def _put_back_whole(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], example_input: Tensor | tuple[Tensor, ...]
+) -> list[str]:
+    """Undo the replacement of layers that can only stand as one; all of it when the model does not run any more."""
+    back = {new: old for old, new in replacements.items()}
+    try:
+        with evaluating(model), watching(back):
+            model(*as_inputs(example_input))
+    except Exception:
+        _swap(model, back)
+        raise
+    return list(_swap(model, {new: old for new, old in back.items() if isinstance(new, BasisPair) and new.whole}))
 
 
 def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tensor | None = None) -> BasisPair:
@@ -134,7 +157,7 @@ def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tens
         raise ValueError(f"`layer` must be one of {allowed}, got {type(layer).__name__}.")
     check_choice("metric", metric, METRICS)
     pair = BasisPair(layer)
-    factors = factorize(to_matrix(weight_of(layer).detach(), pair.groups), metric=metric, moment=moment)
+    factors = factorize(matrix_of(layer).detach(), metric=metric, moment=moment)
     pair.set_factors(factors.basis, factors.coefficients, factors.sigma)
     if isinstance(layer.bias, Tensor):
         with torch.no_grad():
@@ -172,10 +195,11 @@ def _reason_to_skip(
         return "it shares a parameter with another module"
     if layer in uncalled:
         return uncalled[layer]
-    if weight[0].numel() == 1 or weight.shape[0] == layer_groups(layer):
-        depthwise = layer_groups(layer) > 1 and weight.shape[1] == 1
+    cost = layer_cost(layer)
+    if cost.full_rank == 1:
+        depthwise = cost.groups > 1 and cost.groups == getattr(layer, "in_channels", 0)
         return "it is depthwise: every group already has rank 1" if depthwise else "its rank is already 1"
-    if layer_cost(layer).largest_useful_rank < 1:
+    if cost.largest_useful_rank < 1:
         return "no rank would make it smaller"
     return None
 

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, named_pairs, new_layer, new_pointwise, to_matrix, weight_of
+from bsdp.layers import (
+    GEOMETRY,
+    BasisPair,
+    from_matrix,
+    matrix_of,
+    named_pairs,
+    new_layer,
+    new_pointwise,
+    to_matrix,
+    weight_of,
+)
 from bsdp.surgery import replace_modules
 
 
@@ -47,10 +57,10 @@ def fold_pair(pair: BasisPair) -> nn.Module:
     if isinstance(layer, nn.Sequential):
         weight_of(layer[0]).copy_(basis)
         last = layer[1]
-        product = coefficients
+        weight_of(last).copy_(coefficients.reshape(weight_of(last).shape))
     else:
-        product = coefficients @ to_matrix(to_float64(basis), pair.groups)
-    weight_of(last).copy_(product.reshape(weight_of(last).shape))
+        product = coefficients @ to_float64(matrix_of(pair.basis))
+        weight_of(layer).copy_(from_matrix(product, basis.shape[2:], transposed=pair.transposed))
     if isinstance(last.bias, Tensor):
         last.bias.copy_(scaling.bias)
     return layer.train(pair.training)
@@ -73,6 +83,9 @@ def empty_folded(layer: nn.Module, *, kind: str, rank: int, bias: bool) -> nn.Mo
     if kind == "pair":
         pointwise = new_pointwise(pair, features, outputs, bias=bias, **factory)
         folded = nn.Sequential(new_layer(pair, features, bias=False, **factory), pointwise)
+        for name in GEOMETRY:  # models read sizes and strides of their layers
+            if hasattr(pair, name):
+                setattr(folded, name, getattr(pair, name))
     return folded.train(layer.training)
 
 

@@ -1,14 +1,17 @@
 """The pair of layers that replaces one convolution or linear layer.
 
-Layout used throughout: a weight is brought to ``[groups, out_per_group, fan_in]`` (see `to_matrix`), where `fan_in`
+Layout used throughout: a weight is brought to ``[groups, out_per_group, fan_in]`` (see `matrix_of`), where `fan_in`
 counts the inputs of one filter (``in_channels / groups * kernel positions``). One layer with matrix ``M`` becomes
 ``M = V diag(sigma) U^T`` per group: ``U^T`` is the `basis` layer, ``V diag(sigma)`` the 1x1 `scaling` layer, and each
-column of the latter has one trainable scaling factor ``s = 1 + delta``.
+column of the latter has one trainable scaling factor ``s = 1 + delta``. Transposed convolutions differ in the order of
+the weight's axes only; their `scaling` runs at the output's resolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUPPORTED_TYPES: tuple[type[nn.Module], ...] = (*CONV_TYPES, nn.Linear)
+TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED_TYPES: tuple[type[nn.Module], ...] = (*CONV_TYPES, *TRANSPOSED_TYPES, nn.Linear)
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_GEOMETRY = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_GEOMETRY = (*_CONV_GEOMETRY, "out_channels", "in_features", "out_features")
+GEOMETRY = (*_CONV_GEOMETRY, "output_padding", "transposed", "out_channels", "in_features", "out_features")
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -35,6 +39,16 @@ def layer_groups(layer: nn.Module) -> int:
     return int(getattr(layer, "groups", 1))
 
 
+def layer_outputs(layer: nn.Module) -> int:
+    """Output channels or features of a layer or pair."""
+    return int(getattr(layer, "out_features" if hasattr(layer, "out_features") else "out_channels"))
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer or pair is a transposed convolution."""
+    return bool(getattr(layer, "transposed", False))
+
+
 def spatial_dims(layer: nn.Module) -> int:
     """Spatial dimensions of a layer: 1 to 3 for a convolution, 0 for a linear layer."""
     return weight_of(layer).dim() - 2
@@ -47,6 +61,8 @@ def new_layer(
     kind = _plain_type(like)
     names = ("in_features",) if kind is nn.Linear else _CONV_GEOMETRY
     geometry = {name: getattr(like, name) for name in names}
+    if is_transposed(like):
+        geometry["output_padding"] = like.output_padding
     return _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)
 
 
@@ -59,10 +75,12 @@ def new_pointwise(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A 1x1 layer of the same kind and groups, without values."""
+    """A 1x1 layer of the same kind (not transposed) and groups, without values."""
     kind = _plain_type(like)
     if kind is nn.Linear:
         return _empty(kind, device, in_features=inputs, out_features=outputs, bias=bias, dtype=dtype)
+    if kind in TRANSPOSED_TYPES:
+        kind = CONV_TYPES[TRANSPOSED_TYPES.index(kind)]
     sizes = {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "groups": layer_groups(like)}
     return _empty(kind, device, **sizes, bias=bias, dtype=dtype)
 
@@ -83,9 +101,40 @@ def _width(kind: type[nn.Module]) -> str:
     return "out_features" if kind is nn.Linear else "out_channels"
 
 
-def to_matrix(weight: Tensor, groups: int) -> Tensor:
-    """Bring a weight ``[out, in / groups, *kernel]`` to ``[groups, out_per_group, fan_in]``."""
+def to_matrix(weight: Tensor, groups: int, *, transposed: bool = False) -> Tensor:
+    """Bring a weight to ``[groups, out_per_group, fan_in]``.
+
+    Args:
+        weight: ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` of a transposed convolution.
+        groups: Groups of the convolution.
+        transposed: Which of the two it is.
+    """
+    if transposed:
+        outputs = weight.shape[1]
+        grouped = weight.reshape(groups, weight.shape[0] // groups, outputs, -1)
+        return grouped.transpose(1, 2).reshape(groups, outputs, -1)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def from_matrix(matrix: Tensor, kernel: tuple[int, ...], *, transposed: bool = False) -> Tensor:
+    """The inverse of `to_matrix`.
+
+    Args:
+        matrix: ``[groups, out_per_group, fan_in]``.
+        kernel: Kernel size; empty for a linear layer.
+        transposed: As there.
+    """
+    groups, outputs, fan_in = matrix.shape
+    inputs = fan_in // math.prod(kernel)
+    if transposed:
+        grouped = matrix.reshape(groups, outputs, inputs, -1).transpose(1, 2)
+        return grouped.reshape(groups * inputs, outputs, *kernel)
+    return matrix.reshape(groups * outputs, inputs, *kernel)
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The weight of a plain layer as ``[groups, out_per_group, fan_in]``."""
+    return to_matrix(weight_of(layer), layer_groups(layer), transposed=is_transposed(layer))
 
 
 class BasisScalingConv(nn.Module):
@@ -149,24 +198,33 @@ class BasisPair(nn.Module):
     Args:
         layer: The layer to stand in for; only its geometry is read.
         rank: Basis vectors per group; None for the full rank ``min(fan_in, out_per_group)``.
+
+    Attributes:
+        whole: Whether the model uses the layer in a way that two plain layers in a row do not offer: it reads the
+            weight, or passes more than the input. Such a pair folds to one layer, so removing bases saves nothing. Seen
+            by `watching` while the model runs.
+        reads: How often the model read the weight in the last run that was watched.
     """
 
     def __init__(self, layer: nn.Module, *, rank: int | None = None) -> None:
         super().__init__()
-        weight = weight_of(layer)
+        self.whole = self._watched = False
+        self.reads = 0
+        weight, outputs = weight_of(layer), layer_outputs(layer)
         self.groups = layer_groups(layer)
-        self.out_per_group = weight.shape[0] // self.groups
-        self.fan_in = weight[0].numel()
+        self.transposed = is_transposed(layer)
+        self.out_per_group = outputs // self.groups
+        self.fan_in = weight.numel() // outputs
         self.full_rank = min(self.fan_in, self.out_per_group)
         self.had_bias = layer.bias is not None
         self.original_type = type(layer)
-        for name in _GEOMETRY:
+        for name in GEOMETRY:
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         rank = self.full_rank if rank is None else rank
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.basis = new_layer(layer, self.groups * rank, bias=False, **factory).requires_grad_(False)
-        self.scaling = BasisScalingConv(weight.shape[0], rank, groups=self.groups, dims=spatial_dims(layer), **factory)
+        self.scaling = BasisScalingConv(outputs, rank, groups=self.groups, dims=spatial_dims(layer), **factory)
 
     @property
     def rank(self) -> int:
@@ -186,19 +244,26 @@ class BasisPair(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The differentiable product ``V diag(s sigma) U^T`` in the original weight's shape, for code that reads it."""
-        coefficients = to_matrix(self.scaling.scaled_weight, self.groups)
-        basis = weight_of(self.basis)
-        product = coefficients @ to_matrix(basis, self.groups)
-        return product.reshape(-1, *basis.shape[1:])
+        if self._watched:
+            self.whole = True
+            self.reads += 1
+        return self._as_weight(self.product)
+
+    @property
+    def product(self) -> Tensor:
+        """`weight` as ``[groups, out_per_group, fan_in]``."""
+        return to_matrix(self.scaling.scaled_weight, self.groups) @ matrix_of(self.basis)
 
     @property
     def needs_bias(self) -> bool:
         """Whether the folded layer has a bias: the original had one, or a cut moved means into it."""
         return self.had_bias or bool(self.scaling.bias.detach().any())
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the pair; the same shapes as the original layer."""
-        outputs: Tensor = self.scaling(self.basis(inputs))
+    def forward(self, inputs: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """Apply the pair; the same shapes, and the same further arguments, as the original layer."""
+        if self._watched and (arguments or named):
+            self.whole = True
+        outputs: Tensor = self.scaling(self.basis(inputs, *arguments, **named))
         return outputs
 
     def keep(self, indices: Tensor) -> None:
@@ -218,7 +283,9 @@ class BasisPair(nn.Module):
         grouped = scaling.weight.data.view(groups, self.out_per_group, rank)
         columns = local[:, None, :].expand(-1, self.out_per_group, -1)
         kept = grouped.gather(2, columns).reshape(groups * self.out_per_group, -1, *(1,) * scaling.dims)
-        self._assign(weight_of(self.basis).data[indices], kept, scaling.delta.data[indices], scaling.sigma[indices])
+        matrix = matrix_of(self.basis).detach()
+        rows = matrix.gather(1, local[:, :, None].expand(-1, -1, self.fan_in))
+        self._assign(self._as_weight(rows), kept, scaling.delta.data[indices], scaling.sigma[indices])
 
     @torch.no_grad()
     def set_factors(self, basis: Tensor, coefficients: Tensor, sigma: Tensor) -> None:
@@ -229,8 +296,7 @@ class BasisPair(nn.Module):
             coefficients: ``[groups, out_per_group, rank]``.
             sigma: ``[groups, rank]``.
         """
-        target = weight_of(self.basis)
-        target.copy_(basis.reshape(target.shape))
+        weight_of(self.basis).copy_(self._as_weight(basis))
         self.scaling.weight.copy_(coefficients.reshape(self.scaling.weight.shape))
         self.scaling.sigma.copy_(sigma.flatten())
         self.scaling.delta.zero_()
@@ -242,7 +308,7 @@ class BasisPair(nn.Module):
         scaling, basis = self.scaling, weight_of(self.basis).data
         total = self.groups * rank
         self._assign(
-            basis.new_zeros(total, *basis.shape[1:]),
+            self._as_weight(basis.new_zeros(self.groups, rank, self.fan_in)),
             scaling.weight.data.new_zeros(scaling.weight.shape[0], rank, *scaling.weight.shape[2:]),
             scaling.delta.data.new_zeros(total),
             scaling.sigma.new_ones(total),
@@ -253,7 +319,10 @@ class BasisPair(nn.Module):
         for target, value in zip(targets, (basis, weight, delta), strict=True):
             _set_data(target, value.contiguous())
         self.scaling.sigma = sigma.contiguous()
-        setattr(self.basis, _width(self.original_type), basis.shape[0])
+        setattr(self.basis, _width(self.original_type), delta.numel())
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return from_matrix(matrix, weight_of(self.basis).shape[2:], transposed=self.transposed)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Runs before the children load, so that a checkpoint of another rank fits without knowing any structure.
@@ -272,6 +341,19 @@ class BasisPair(nn.Module):
 def named_pairs(model: nn.Module) -> dict[str, BasisPair]:
     """All pairs of a model by dotted name, in module order; a shared pair once, under its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BasisPair)}
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Note in `BasisPair.whole` how a model that runs inside the ``with`` block uses its pairs."""
+    watched = [pair for pair in modules if isinstance(pair, BasisPair)]
+    for pair in watched:
+        pair._watched, pair.reads = True, 0
+    try:
+        yield
+    finally:
+        for pair in watched:
+            pair._watched = False
 
 
 def _set_data(parameter: Tensor, value: Tensor) -> None:

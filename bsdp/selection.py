@@ -155,12 +155,8 @@ def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_
         raise ValueError(f"`importance` of layer {name!r} must be finite and non-negative.")
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
-    # Code that reads the weight without calling the layer needs it whole, and removing bases there saves no MACs.
-    floor = (
-        rank
-        if cost.positions == 0
-        else max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
-    )
+    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
+    floor = floor if cost.cuttable else rank
     return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), rank - floor)
 
 
@@ -190,9 +186,7 @@ def _remove(
 def _single_steps(layer: int, unit: _Units, ranking: str, kind: str) -> Iterator[_Step]:
     divisor = 1.0
     if ranking == "per_cost":
-        # The slope below break-even; a unit of a layer that is never called saves no MACs and goes last.
-        slopes = {"units": 1, "bases": unit.cost.groups, "params": unit.cost.per_rank}
-        divisor = float(slopes[kind] if kind in slopes else unit.cost.per_rank * (unit.cost.positions or 0)) or 1e-30
+        divisor = 1.0 if kind == "units" else float(unit.cost.slope(kind))  # the slope below break-even
     for value in unit.importance[: unit.most]:
         yield _Step(value / divisor, layer, 1)
 

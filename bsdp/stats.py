@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least
-from bsdp.cost import ModelCost, layer_cost
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
+from bsdp.compiling import uncompiled
+from bsdp.cost import ModelCost, Positions, layer_cost
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
 
 
@@ -107,7 +108,7 @@ def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> 
     What fvcore does not know is added: convolutions with ``padding="same"`` or ``"valid"``, and scaled-dot-product
     attention as its two matrix products.
     """
-    with evaluating(model), _attention_in_parts(), warnings.catch_warnings():
+    with evaluating(model), uncompiled(), _attention_in_parts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore leans on torch.jit, which warns of its deprecation, also on import
         from fvcore.nn import FlopCountAnalysis
 
@@ -136,27 +137,35 @@ def measure_cost(
     fixed_params = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     if example_input is None:
         return ModelCost({n: layer_cost(p) for n, p in pairs.items()}, fixed_params, None, new_bias)
-    positions = output_positions(model, pairs, example_input)
+    positions = measure_positions(model, pairs, example_input)
     layers = {name: layer_cost(pair, positions=positions[name]) for name, pair in pairs.items()}
-    inner = sum(layers[name].per_rank * pair.rank * positions[name] for name, pair in pairs.items())
-    macs = count_macs(model, example_input) // _batch_size(as_inputs(example_input))
+    inner = sum(layers[name].slope("macs") * pair.rank for name, pair in pairs.items())
+    products = sum(pair.reads * pair.rank * layers[name].fused for name, pair in pairs.items())
+    macs = (count_macs(model, example_input) - products) // _batch_size(as_inputs(example_input))
     return ModelCost(layers, fixed_params, macs - inner, new_bias)
 
 
-def output_positions(
+def measure_positions(
     model: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | tuple[Tensor, ...]
-) -> dict[str, int]:
-    """Output positions per example of each layer, summed over its calls; 0 for a layer that is not called."""
-    positions = dict.fromkeys(layers, 0)
+) -> dict[str, Positions]:
+    """Positions per example of each layer, summed over its calls; zeros for a layer that is not called.
+
+    Pairs also learn whether the model needs them whole, see `BasisPair`.
+    """
+    positions = dict.fromkeys(layers, Positions(0, 0))
     names = {layer: name for name, layer in layers.items()}
-    inputs = as_inputs(example_input)
-    batch = _batch_size(inputs)
+    arguments = as_inputs(example_input)
+    batch = _batch_size(arguments)
 
-    def observe(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        positions[names[layer]] += output.numel() // (layer_cost(layer).out_channels * batch)
+    def observe(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs = weights = output.numel() // (layer_outputs(layer) * batch)
+        if is_transposed(layer):
+            weights = inputs[0].numel() // (layer.in_channels * batch)  # type: ignore[operator]
+        seen = positions[names[layer]]
+        positions[names[layer]] = Positions(seen.weights + weights, seen.outputs + outputs)
 
-    with probe(model, layers.values(), observe):
-        model(*inputs)
+    with probe(model, layers.values(), observe), watching(layers.values()):
+        model(*arguments)
     return positions
 
 
@@ -174,7 +183,7 @@ def describe(model: nn.Module, example_input: Tensor | tuple[Tensor, ...] | None
         57.6
     """
     layers = _described_layers(model)
-    positions = None if example_input is None else output_positions(model, layers, example_input)
+    positions = None if example_input is None else measure_positions(model, layers, example_input)
     cost = measure_cost(model, example_input)
     rows = []
     for name, layer in layers.items():
@@ -241,22 +250,23 @@ def _described_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if layer not in inside}
 
 
-def _layer_stats(name: str, layer: nn.Module, positions: int | None) -> LayerStats:
+def _layer_stats(name: str, layer: nn.Module, positions: Positions | None) -> LayerStats:
     cost = layer_cost(layer, positions=positions)
-    kind, rank, weights, has_bias = "plain", cost.full_rank, cost.fused, cost.bias
+    kind, rank, has_bias = "plain", cost.full_rank, cost.bias
     if isinstance(layer, BasisPair):
         kind, rank, has_bias = cost.kind(layer.rank), layer.rank, layer.needs_bias
-        weights = min(cost.fused, rank * cost.per_rank)
+    pair = kind == "pair"
+    measured = cost.positions is not None
     return LayerStats(
         name=name,
         kind=kind,
         rank=rank,
         full_rank=cost.full_rank,
         break_even_rank=cost.break_even_rank,
-        params=weights + (cost.out_channels if has_bias else 0),
-        params_original=cost.fused + (cost.out_channels if cost.bias else 0),
-        macs=None if positions is None else weights * positions,
-        macs_original=None if positions is None else cost.fused * positions,
+        params=(rank * cost.per_rank if pair else cost.fused) + (cost.out_channels if has_bias else 0),
+        params_original=cost.original(),
+        macs=None if not measured else rank * cost.slope("macs") if pair else cost.original(kind="macs"),
+        macs_original=cost.original(kind="macs") if measured else None,
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bsdp
-from bsdp.cost import COST_KINDS, LayerCost, ModelCost, layer_cost
+from bsdp.cost import COST_KINDS, LayerCost, ModelCost, Positions, layer_cost
 from bsdp.layers import BasisPair
 from tests.helpers.cases import LAYER_CASES, LayerCase
 from tests.helpers.compare import count_parameters
@@ -80,10 +80,10 @@ def test_macs_without_positions_are_refused() -> None:
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_cost_of_a_layer_is_that_of_its_pair_and_counts_its_parameters(case: LayerCase) -> None:
     layer = case.build()
-    cost = layer_cost(layer, positions=7)
-    assert cost == layer_cost(BasisPair(layer, rank=1), positions=7)
+    cost = layer_cost(layer, positions=Positions(7, 9))
+    assert cost == layer_cost(BasisPair(layer, rank=1), positions=Positions(7, 9))
     assert cost.original() == count_parameters(layer)
-    assert (cost.positions, cost.full_rank) == (7, BasisPair(layer).rank)
+    assert (cost.positions, cost.output_positions, cost.full_rank) == (7, 9, BasisPair(layer).rank)
 
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)

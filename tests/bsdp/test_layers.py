@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
-from bsdp.layers import BasisPair, BasisScalingConv, named_pairs, to_matrix, weight_of
+from bsdp.layers import (
+    BasisPair,
+    BasisScalingConv,
+    from_matrix,
+    layer_outputs,
+    matrix_of,
+    named_pairs,
+    to_matrix,
+    weight_of,
+)
 from tests.helpers.cases import CASES_BY_NAME, LAYER_CASES, LayerCase
 from tests.helpers.compare import assert_same_state, relative_error, snapshot
 from tests.helpers.nets import make_input, make_net
@@ -30,7 +39,9 @@ def test_product_of_the_pair_is_the_original_weight(case: LayerCase) -> None:
     pair = bsdp.pair_from_layer(layer)
     assert pair.weight.shape == layer.weight.shape
     assert relative_error(pair.weight, layer.weight) < 1e-12
-    assert pair.rank == pair.full_rank == min(layer.weight[0].numel(), layer.weight.shape[0] // pair.groups)
+    assert torch.equal(from_matrix(matrix_of(layer), layer.weight.shape[2:], transposed=pair.transposed), layer.weight)
+    outputs = layer_outputs(layer)
+    assert pair.rank == pair.full_rank == min(layer.weight.numel() // outputs, outputs // pair.groups)
 
 
 @pytest.mark.parametrize("name", KINDS)

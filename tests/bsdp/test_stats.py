@@ -1,5 +1,6 @@
 """Parameters, MACs and latency: what is promised must be what the folded model has."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import bsdp
-from bsdp.layers import named_pairs
-from bsdp.stats import count_macs, output_positions
+from bsdp.cost import Positions
+from bsdp.layers import is_transposed, layer_outputs, named_pairs
+from bsdp.stats import count_macs, measure_positions
 from tests.helpers.cases import LAYER_CASES, LayerCase
 from tests.helpers.compare import (
     assert_same_state,
@@ -69,12 +71,32 @@ def test_macs_are_those_of_fvcore(name: str) -> None:
 def test_macs_of_every_layer_are_output_positions_times_weights(case: LayerCase) -> None:
     layer = case.build()
     inputs = torch.randn(1, *case.input_shape[1:])
-    positions = layer(inputs).numel() // layer.weight.shape[0]
+    outputs = positions = layer(inputs).numel() // layer_outputs(layer)
+    if is_transposed(layer):
+        positions = inputs[0, 0].numel()
     assert count_macs(nn.Sequential(layer), inputs) == positions * layer.weight.numel()
     net = nn.Sequential(layer)
     bsdp.decompose(net, include=["0"])
     cost = bsdp.measure_cost(net, inputs)
-    assert (cost.layers["0"].positions, cost.fixed_macs, cost.fixed_params) == (positions, 0, 0)
+    assert (cost.layers["0"].positions, cost.layers["0"].output_positions) == (positions, outputs)
+    assert (cost.fixed_macs, cost.fixed_params) == (0, 0)
+    assert count_macs(net, inputs) == cost.layers["0"].slope("macs") * bsdp.named_pairs(net)["0"].rank
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=str)
+def test_macs_at_a_rank_are_those_of_the_folded_layer(case: LayerCase) -> None:
+    net = nn.Sequential(case.build())
+    inputs = torch.randn(1, *case.input_shape[1:])
+    bsdp.decompose(net, include=["0"])
+    cost, full = bsdp.measure_cost(net, inputs), bsdp.named_pairs(net)["0"].full_rank
+    for rank in {1, 2, full // 2, full - 1, full} & set(range(1, full + 1)):
+        pruned = copy.deepcopy(net)
+        keep_ranks(pruned, {"0": rank})
+        macs = count_macs(bsdp.fold(pruned), inputs)
+        assert cost.deployed({"0": rank}, "macs") == bsdp.describe(pruned, inputs).macs == macs
+        layer = cost.layers["0"]
+        if layer.output_positions == layer.expansion * layer.positions:  # borders of small maps may cost a little more
+            assert macs <= cost.original("macs")
 
 
 def test_attention_is_counted_as_its_two_products() -> None:
@@ -145,8 +167,8 @@ def test_without_an_example_there_are_no_macs() -> None:
 def test_a_layer_that_is_never_called_has_no_macs_but_parameters() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     net.forward = lambda x: net[2](net[0](x))  # type: ignore[method-assign]
-    positions = output_positions(net, dict(net.named_children()), torch.randn(3, 5, 8))
-    assert positions == {"0": 5, "1": 0, "2": 5}
+    positions = measure_positions(net, dict(net.named_children()), torch.randn(3, 5, 8))
+    assert positions == {"0": Positions(5, 5), "1": Positions(0, 0), "2": Positions(5, 5)}
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

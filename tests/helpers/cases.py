@@ -52,6 +52,21 @@ LAYER_CASES = [
     _case(
         "conv3d_replicate", nn.Conv3d, 2, 5, 3, padding=1, padding_mode="replicate", bias=False, shape=(1, 2, 4, 4, 4)
     ),
+    _case("transposed", nn.ConvTranspose2d, 6, 8, 3, stride=2, padding=1, shape=(2, 6, 5, 4)),
+    _case(
+        "transposed_odd",
+        nn.ConvTranspose2d,
+        4,
+        9,
+        (3, 2),
+        stride=(2, 1),
+        output_padding=(1, 0),
+        dilation=2,
+        shape=(2, 4, 4, 5),
+    ),
+    _case("transposed_groups", nn.ConvTranspose2d, 8, 12, 2, stride=2, groups=2, bias=False, shape=(2, 8, 4, 5)),
+    _case("transposed1d", nn.ConvTranspose1d, 5, 6, 4, stride=2, padding=1, shape=(3, 5, 7)),
+    _case("transposed3d", nn.ConvTranspose3d, 4, 6, 2, groups=2, stride=(1, 2, 1), shape=(1, 4, 3, 3, 4)),
     _case("linear_narrow", nn.Linear, 20, 12, shape=(5, 20)),
     _case("linear_wide", nn.Linear, 12, 20, shape=(5, 12)),
     _case("linear_no_bias", nn.Linear, 9, 9, bias=False, shape=(5, 9)),

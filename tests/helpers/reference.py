@@ -76,8 +76,8 @@ def unit_importance(scores: Tensor, groups: int) -> list[tuple[float, list[int]]
 
 def floor_of(rank: int, min_rank: int, cap: Fraction, layer: LayerCost) -> int:
     """The least rank one plan may leave."""
-    if layer.positions == 0:
-        return rank  # never called: somebody reads its weight
+    if layer.positions == 0 or layer.whole:
+        return rank  # never called, or somebody reads its weight
     by_cap = rank - (rank * cap.numerator) // cap.denominator
     return max(min(min_rank, rank), by_cap, 1)
 
