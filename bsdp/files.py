@@ -12,17 +12,10 @@ from typing import Any
 from torch import nn
 
 from bsdp.cost import layer_cost
+from bsdp.fitting import check_names_and_shapes, check_values, expected_state, meta_layer
 from bsdp.folding import empty_folded, fold_pair, unfold_into
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
-from bsdp.reading import (
-    check_names_and_shapes,
-    check_values,
-    expected_state,
-    meta_layer,
-    open_safetensors,
-    parse_json,
-    shown,
-)
+from bsdp.reading import open_safetensors, parse_json, shown, tensors_of
 from bsdp.surgery import module_names
 
 FORMAT_VERSION = 1
@@ -140,7 +133,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         expected = expected_state(model, _meta_layers(model, plan))
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
         check_names_and_shapes(expected, shapes, path=path)
-        tensors = {key: file.get_tensor(key) for key in expected}
+        tensors = tensors_of(file, path)
     check_values(expected, tensors, path=path)
     unfold_into(model, plan)
     model.load_state_dict(tensors)

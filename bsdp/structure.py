@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
+from bsdp.fitting import check_names, check_values, expected_state, meta_layer
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
-from bsdp.reading import check_names, check_values, expected_state, meta_layer, read_pickled, shown
+from bsdp.reading import read_pickled, shown
 from bsdp.surgery import module_names, move_hooks, replace_modules
 
 STRUCTURE_VERSION = 1

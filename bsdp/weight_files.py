@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsdp.reading import check_tensor, is_ordinary, open_safetensors, parse_json, read_pickled
+from bsdp.fitting import check_tensor, is_ordinary
+from bsdp.reading import open_safetensors, parse_json, read_pickled, tensors_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -121,7 +122,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = parse_json((file.metadata() or {}).get("bsdp", "{}"), path)
         if not isinstance(metadata, dict):
             raise ValueError(f"{path} has metadata that is no table.")
-        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+        return tensors_of(file, path), metadata
 
 
 def load_state(network: nn.Module, file: WeightFile, *, spec: str, may_lack: str, extra: Sequence[str] = ()) -> None:
