@@ -66,7 +66,15 @@ class Classifier(LightningModule):
 
 
 class Stripes(LightningDataModule):
-    """Images with one bright row; the row is the class."""
+    """Images with one bright row; the row is the class.
+
+    Args:
+        batch_size: Of the training loader.
+    """
+
+    def __init__(self, *, batch_size: int = 32) -> None:
+        super().__init__()
+        self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -76,7 +84,7 @@ class Stripes(LightningDataModule):
         self.examples = TensorDataset(images, labels)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(self.examples, 32)
+        return DataLoader(self.examples, self.batch_size)
 
     def val_dataloader(self) -> Any:
         return DataLoader(self.examples, 48)
