@@ -152,6 +152,7 @@ class IterativePruner:
         self.scheduled = 0  # cuts that were due so far, skipped ones included
         self.failed_rounds = 0
         self.judged_round = 0  # the newest round that counted in `failed_rounds`
+        self.first_epoch = 0
         self.next_cut = settings.warmup_epochs
         self.stopped = False
         self.candidate: dict[str, Any] | None = None
@@ -178,6 +179,7 @@ class IterativePruner:
 
     def begin(self, epoch: int) -> None:
         """Start the warm-up at an epoch other than 0."""
+        self.first_epoch = epoch
         self.next_cut = epoch + self.settings.warmup_epochs
 
     def cut_due(self, epoch: int) -> bool:
@@ -313,6 +315,7 @@ class IterativePruner:
             "scheduled": self.scheduled,
             "failed_rounds": self.failed_rounds,
             "judged_round": self.judged_round,
+            "first_epoch": self.first_epoch,
             "next_cut": self.next_cut,
             "stopped": self.stopped,
             "last_value": self._last_value,
@@ -327,6 +330,7 @@ class IterativePruner:
         self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
         self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
         self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
+        self.first_epoch = int(state["first_epoch"])
         self.candidate = state["candidate"]
         self.scores.load_state_dict(state["scores"])
         self.statistics.load_state_dict(state["statistics"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from bsdp.record import PruningRecord
 
@@ -25,6 +25,14 @@ def find_record(trainer: Trainer, *, needed_by: str) -> PruningRecord:
         f"`{needed_by}` reports on a pruning run, but no callback here keeps a `bsdp.PruningRecord` (there are: "
         f"{names or 'none'}). Add `bsdp.callbacks.IterativeBasisPruning` to the trainer, or leave `{needed_by}` out."
     )
+
+
+def finish_pruning(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let the callback that prunes finish a resumed run, whichever of the callbacks is asked first."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        finish = getattr(callback, "finish_resumed", None)
+        if callable(finish):
+            finish(trainer, pl_module)
 
 
 def find_file(trainer: Trainer, attribute: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from torch.optim import Optimizer
 
 import bsdp
 from bsdp._checks import check_at_least
+from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
 from bsdp.callbacks._measuring import measure_module_cost, measure_on_batch, only_network
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
+from bsdp.callbacks._random_states import random_states, restore_random_states
 from bsdp.callbacks._records import describe_cut, structure_values
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import check_scales, holds, refuse_optimizers, refuse_thawed, refuse_unsupported
@@ -54,7 +57,7 @@ class IterativeBasisPruning(Callback):
     Args:
         target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
         target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``bases``.
-        rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs`.
+        rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left)
             or ``constant`` (the same share of the original).
         warmup_epochs: Epochs before the first cut; they give the reference value.
@@ -140,6 +143,7 @@ class IterativeBasisPruning(Callback):
             return
         self.pruner = self._loaded = self.checkpoint_path = self.weights_path = None  # another fit starts anew
         refuse_unsupported(trainer, self)
+        write_whole_checkpoints(trainer)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
             raise ValueError(
                 "`IterativeBasisPruning(tolerance=...)` needs validation metrics, which `Trainer(barebones=True)` does "
@@ -167,6 +171,7 @@ class IterativeBasisPruning(Callback):
             self._print_ceiling()
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
+            restore_random_states(self._loaded["random"])
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
@@ -179,13 +184,15 @@ class IterativeBasisPruning(Callback):
             return
         refuse_optimizers(trainer.optimizers)
         pruner = self._pruner()
-        first_epoch = 0
+        rounds = self.rounds
         if self._loaded is None:
-            first_epoch = trainer.current_epoch
-            pruner.begin(first_epoch)
+            pruner.begin(trainer.current_epoch)
+        elif rounds is None:  # epochs that are added to a run train its final structure
+            rounds = self._loaded["rounds"]
         self._loaded = None
         check_validation(trainer, self.settings, self.monitor)
-        pruner.settings = scheduled_settings(trainer, self.settings, rounds=self.rounds, first_epoch=first_epoch)
+        pruner.settings = scheduled_settings(trainer, self.settings, rounds=rounds, first_epoch=pruner.first_epoch)
+        trainer.should_stop = trainer.should_stop or pruner.stopped
         if pruner.scores.needs_gradients:
             check_scales(trainer.optimizers, pruner.pairs)
 
@@ -196,9 +203,7 @@ class IterativeBasisPruning(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         refuse_thawed(self._pruner().pairs)
-        self._cut_if_due(trainer, pl_module)
-        self._pruner().start_epoch()
-        self._log_structure(trainer, pl_module)
+        self._begin_epoch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure MACs on the first batch, and watch the features on some batches."""
@@ -207,7 +212,8 @@ class IterativeBasisPruning(Callback):
             return
         if self.record.cost.fixed_macs is None and not self.record.input_shapes:
             self._measure(trainer, pl_module, batch)
-        self._cut_if_due(trainer, pl_module)  # a run resumed at an epoch's end skips `on_train_epoch_start`
+        if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
+            self._begin_epoch(trainer, pl_module)
         self._detach()
         batches = trainer.num_training_batches
         stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
@@ -245,9 +251,10 @@ class IterativeBasisPruning(Callback):
                 logger.log_metrics(values, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop when too many rounds ended below the tolerance."""
+        """Log the structure, and stop when too many rounds ended below the tolerance."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._log_structure(trainer, pl_module)
         pruner = self._pruner()
         if not pruner.stopped and pruner.should_stop(trainer.current_epoch):
             last = self.record.rounds[-1]
@@ -287,6 +294,18 @@ class IterativeBasisPruning(Callback):
         if self.save_pruned:
             self.checkpoint_path, self.weights_path = write_pruned(trainer, pl_module, pruner.network)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish a run that was stopped after its last epoch."""
+        self.finish_resumed(trainer, pl_module)
+
+    def finish_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what `on_train_end` does, if a resumed run had nothing left to train, so that nobody called that hook."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or loaded["rounds"] is None or loaded["record"]["chosen"] is not None:
+            return
+        self._pruner().settings = replace(self.settings, rounds=loaded["rounds"])
+        self.on_train_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self._detach()
@@ -301,7 +320,12 @@ class IterativeBasisPruning(Callback):
         """Everything a resumed run needs."""
         if self.pruner is None:
             return {}
-        state = self.pruner.state_dict()
+        started = self.pruner.settings is not self.settings
+        state = {
+            **self.pruner.state_dict(),
+            "rounds": self.pruner.settings.rounds if started else None,
+            "random": random_states(),
+        }
         if self.record.chosen is not None:
             state["record"]["reference_state"] = None  # a finished run needs it no more
         return state
@@ -356,6 +380,16 @@ class IterativeBasisPruning(Callback):
         rank_zero_warn(f"MACs are not reported: {reason}. {advice}")
         self.record.input_shapes = [[0]]
 
+    def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not getattr(trainer, "barebones", False):
+            # The same in all processes; the maximum, as a mean would round large numbers.
+            values = structure_values(self.record)
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cut_if_due(trainer, pl_module)
+        self._pruner().start_epoch()
+
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self._pruner()
         if not pruner.cut_due(trainer.current_epoch):
@@ -370,12 +404,6 @@ class IterativeBasisPruning(Callback):
                 f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
                 f"{pruner.settings.rounds} {describe_cut(self.record)}"
             )
-
-    def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not getattr(trainer, "barebones", False):
-            # The same in all processes; the maximum, as a mean would round large numbers.
-            values = structure_values(self.record)
-            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
 
     def _detach(self) -> None:
         self._watching.close()

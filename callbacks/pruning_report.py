@@ -17,7 +17,7 @@ from torch import nn
 from bsdp._checks import check_at_least
 from bsdp.callbacks._comparison import file_sizes, fold_network, latencies, macs, network_of
 from bsdp.callbacks._evaluation import cannot_test, evaluate, random_state_kept, weights
-from bsdp.callbacks._records import find_file, find_record
+from bsdp.callbacks._records import find_file, find_record, finish_pruning
 from bsdp.callbacks._run_folder import run_folder, unused_path
 from bsdp.plots import plot_pruning_curves
 from bsdp.record import PruningRecord
@@ -72,6 +72,7 @@ class PruningReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and report; the pruning callback has put the chosen model into the module by now."""
+        finish_pruning(trainer, pl_module)
         record = find_record(trainer, needed_by=type(self).__name__)
         if trainer.fast_dev_run or record.chosen is None:  # type: ignore[attr-defined]
             rank_zero_info("bsdp: no pruning took place, so there is no report")
