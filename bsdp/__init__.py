@@ -22,6 +22,7 @@ from bsdp.record import PruningRecord, RoundRecord
 from bsdp.report import summarize
 from bsdp.schedules import kept_share
 from bsdp.selection import PruningPlan, select
+from bsdp.speed import Speed, SpeedComparison, compare_speed
 from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_latency
 from bsdp.structure import load_checkpoint, rebuild, structure_of
 
@@ -42,8 +43,11 @@ __all__ = [
     "PruningSettings",
     "RoundRecord",
     "ScoreAccumulator",
+    "Speed",
+    "SpeedComparison",
     "adopt_parameters",
     "collect_output_moments",
+    "compare_speed",
     "decompose",
     "describe",
     "export",

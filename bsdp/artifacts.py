@@ -16,14 +16,27 @@ from bsdp.backbones import build_backbone
 from bsdp.files import load, read_metadata
 from bsdp.folding import fold
 from bsdp.layers import named_pairs
-from bsdp.reading import read_pickled, shown
-from bsdp.structure import STRUCTURE_VERSION, load_checkpoint, rebuild
+from bsdp.reading import shown
+from bsdp.structure import STRUCTURE_VERSION, read_checkpoint, rebuild, rebuild_for
 from bsdp.weight_files import no_weight_files
 
 CONFIG_FILE = "config.yaml"
 PRUNED_CHECKPOINT = "pruned.ckpt"
 FAMILIES = ("bsdp", "torchvision", "timm")
 _PREFIX = "network."
+
+
+class UnknownNetworkError(ValueError):
+    """A file is whole, but does not say how to build its network.
+
+    Args:
+        message: What to do in Python.
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ def load_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
 
     Raises:
         FileNotFoundError: If there is no such file, or the run folder has no pruned checkpoint.
+        UnknownNetworkError: If the file does not say how to build its network.
         ValueError: If the file is damaged or of another kind.
     """
     if backbones and str(target).partition(":")[0] in FAMILIES and not Path(target).exists():
@@ -131,9 +145,10 @@ def _from_safetensors(path: Path) -> Artifact:
     plan = metadata.pop("layers")
     metadata.pop("format_version")
     if not isinstance(metadata.get("backbone"), str):
-        raise ValueError(
+        raise UnknownNetworkError(
             f"{path} does not say which backbone it is of, so its network cannot be built here. In Python: "
-            f"`network = bsdp.load(MyNetwork(), {str(path)!r})`, then `bsdp.export(network, 'model.onnx', images)`."
+            f"`network = bsdp.load(MyNetwork(), {str(path)!r})`, then `bsdp.export(network, 'model.onnx', images)`.",
+            path,
         )
     backbone = _build(metadata, path)
     folded = load(backbone.network, path)
@@ -152,25 +167,24 @@ def _decompose_by_plan(network: nn.Module, plan: Mapping[str, Mapping[str, Any]]
 
 
 def _from_checkpoint(path: Path) -> Artifact:
-    checkpoint = read_pickled(path)
-    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no `state_dict`.")
-    known = isinstance(settings, Mapping) and isinstance(settings.get("backbone"), str) and "head" in settings
+    checkpoint = read_checkpoint(path)
+    settings, state = checkpoint.get("hyper_parameters", {}), checkpoint["state_dict"]
+    known = isinstance(settings.get("backbone"), str) and "head" in settings
     if not known or not all(str(key).startswith(_PREFIX) for key in state):
-        raise ValueError(
+        raise UnknownNetworkError(
             f"{path} is of another LightningModule than `bsdp.task.TransferTask`, whose network cannot be built here. "
             f"In Python: `module = MyModule(); bsdp.load_checkpoint(module, {str(path)!r})`, then "
-            "`bsdp.export(module.network, 'model.onnx', images)` with the module's own network."
+            "`bsdp.export(module.network, 'model.onnx', images)` with the module's own network.",
+            path,
         )
-    assert isinstance(settings, Mapping)
     metadata = {key: settings.get(key) for key in ("backbone", "head", "num_classes")}
     metadata["pretrained"] = str(settings.get("weights") or "none").lower() != "none"
     metadata |= {key: value for key, value in (settings.get("normalization") or {}).items() if key in ("mean", "std")}
     backbone = _build(metadata, path)
     network = backbone.network.eval()
-    load_checkpoint(nn.ModuleDict({_PREFIX.removesuffix("."): network}), str(path))
+    module = nn.ModuleDict({_PREFIX.removesuffix("."): network})
+    rebuild_for(module, checkpoint, source=path)
+    module.load_state_dict(state)
     metadata |= _facts_of_run(path, metadata)
     return Artifact(path, network, fold(network).eval(), *_image_facts(metadata, _seen_shape(checkpoint), backbone))
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
+from bsdp.artifacts import CONFIG_FILE as CONFIG_FILE
+from bsdp.artifacts import PRUNED_CHECKPOINT as PRUNED_CHECKPOINT
+from bsdp.artifacts import run_folder_of as run_folder_of
 from bsdp.resume import STATE
 from bsdp.structure import read_checkpoint
-
-CONFIG_FILE = "config.yaml"
-PRUNED_CHECKPOINT = "pruned.ckpt"
 
 
 def find_checkpoint(ckpt_path: str, *, root: Path, name: str | None = None) -> Path:
@@ -77,12 +77,6 @@ def _newest_whole(folder: Path) -> Path:
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime)
-
-
-def run_folder_of(checkpoint: Path) -> Path | None:
-    """Find the folder of the run that wrote a checkpoint: the next one above it that holds ``config.yaml``."""
-    parents = list(checkpoint.absolute().parents)[:3]
-    return next((folder for folder in parents if (folder / CONFIG_FILE).is_file()), None)
 
 
 def free_config_name(folder: Path) -> str:
