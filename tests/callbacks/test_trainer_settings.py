@@ -65,7 +65,7 @@ def test_setting(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_scores_are_those_before_clipping(tmp_path: Path) -> None:
-    scores = []
+    scores, moved = [], []
     for clip in ({}, {"gradient_clip_val": 1e-4}, {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}):
         torch.manual_seed(0)
         module, first = Classifier(), FirstScores()
@@ -73,8 +73,8 @@ def test_scores_are_those_before_clipping(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), first], max_epochs=2, **clip)
         trainer.fit(module, datamodule=Stripes(batch_size=16))
         scores.append(first.value)
-        moved = max(float(pair.scaling.delta.detach().abs().max()) for pair in bsdp.named_pairs(module).values())
-        assert (moved < 0.2 * 12 * 1e-4) is bool(clip)  # the clipping itself happened
+        moved.append(max(float(pair.scaling.delta.detach().abs().max()) for pair in bsdp.named_pairs(module).values()))
+    assert moved[0] > 2 * max(moved[1:])  # the clipping itself happened
     assert scores[0].any()
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
 
