@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from bsdp.backbone_families import Backbone
 from bsdp.backbones import build_backbone
 from bsdp.files import load, read_metadata
 from bsdp.folding import fold
-from bsdp.layers import named_pairs
+from bsdp.layers import named_pairs, watching
+from bsdp.probing import evaluating
 from bsdp.reading import shown
 from bsdp.structure import STRUCTURE_VERSION, read_checkpoint, rebuild, rebuild_for
 from bsdp.weight_files import no_weight_files
@@ -186,7 +188,10 @@ def _from_checkpoint(path: Path) -> Artifact:
     rebuild_for(module, checkpoint, source=path)
     module.load_state_dict(state)
     metadata |= _facts_of_run(path, metadata)
-    return Artifact(path, network, fold(network).eval(), *_image_facts(metadata, _seen_shape(checkpoint), backbone))
+    shape, metadata = _image_facts(metadata, _seen_shape(checkpoint), backbone)
+    with suppress(Exception), evaluating(network), watching(named_pairs(network).values()):
+        network(torch.zeros(1, *shape))  # pairs whose weight the network reads fold into one layer each
+    return Artifact(path, network, fold(network).eval(), shape, metadata)
 
 
 def _build(metadata: Mapping[str, Any], source: Path | str) -> Backbone:

@@ -122,6 +122,7 @@ def _fold_all(model: nn.Module, program: torch.export.ExportedProgram) -> tuple[
         replacements[norm] = remains
         folded[names[norm]] = names[layer]
     replace_modules(model, replacements)
+    model.eval()
     return folded, kept
 
 

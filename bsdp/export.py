@@ -299,4 +299,5 @@ def _without_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec")
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # of channels-last weights
+        warnings.filterwarnings("ignore", message="# The axis name: batch will not")  # inputs share their batch
         yield
