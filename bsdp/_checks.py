@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -23,8 +24,22 @@ def check_share(argument: str, value: float) -> None:
 
 def check_at_least(argument: str, value: float, minimum: float) -> None:
     """Refuse a number below a minimum."""
-    if isinstance(value, bool) or not value >= minimum:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
         raise ValueError(f"`{argument}` must be at least {minimum}, got {value!r}.")
+
+
+def check_normalization(value: Mapping[str, Sequence[float]] | None) -> None:
+    """Refuse anything but None and three finite numbers each for ``mean`` and ``std``, the latter above 0."""
+    good = value is None or (
+        set(value) == {"mean", "std"}
+        and all(len(numbers) == 3 and all(map(math.isfinite, numbers)) for numbers in value.values())
+        and min(value["std"]) > 0.0
+    )
+    if not good:
+        raise ValueError(
+            "`normalization` must be None or hold the lists `mean` and `std` of three finite numbers each (R, G, B), "
+            f"with every `std` above 0, got {value}."
+        )
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

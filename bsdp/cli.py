@@ -210,6 +210,8 @@ def _message_for_users(error: BaseException) -> str | None:
         if isinstance(cause, Exception) and _raised_on_purpose(cause):
             return str(cause).strip() or type(cause).__name__
         text = " ".join(str(cause).split())[:200]
+        if isinstance(cause, UnicodeDecodeError):
+            return f"a file that should be text is not ({text}): give a YAML file in UTF-8."
         if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in text or "CUDA out of memory" in text:
             return f"not enough memory ({text}): make the batch, the images or the network smaller."
         if isinstance(cause, TypeError) and "__init__() got an unexpected keyword argument" in text:

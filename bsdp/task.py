@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
+from bsdp._checks import check_normalization
 from bsdp.backbones import HeadKind, build_backbone
 from bsdp.layers import BasisPair
 from bsdp.training import cosine_factor, parameter_groups
@@ -74,6 +75,7 @@ class TransferTask(LightningModule):
     ) -> None:
         super().__init__()
         _check(lr_scheduler, head_lr, scale_lr, label_smoothing)
+        check_normalization(normalization)
         built = build_backbone(backbone, num_classes=num_classes, weights=weights, head=head)
         if built.num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2 for a classification, got {built.num_classes}.")
@@ -244,7 +246,7 @@ def _check(lr_scheduler: object, head_lr: float | None, scale_lr: float | None, 
             f"`lr_scheduler` must be 'constant', 'cosine', 'onecycle' or a scheduler class, got {lr_scheduler!r}."
         )
     for name, rate in (("head_lr", head_lr), ("scale_lr", scale_lr)):
-        if rate is not None and not rate > 0.0:
+        if rate is not None and not 0.0 < rate < math.inf:
             raise ValueError(f"`{name}` must be above 0 (or None for the optimizer's own), got {rate}.")
-    if not 0.0 <= label_smoothing < 1.0:
+    if label_smoothing is None or not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}.")

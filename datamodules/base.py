@@ -3,6 +3,7 @@
 import os
 from abc import abstractmethod
 from functools import partial
+from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -85,11 +86,11 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("num_workers", num_workers, 0)
-        _check_at_least("image_size", image_size, 1)
-        _check_at_least("samples_per_class", samples_per_class, 1)
         _check_at_least("split_seed", split_seed, 0)
-        _check_at_least("seed", seed, 0)
-        if not 0.0 < val_fraction < 1.0:
+        _check_at_least("image_size", image_size, 1, optional=True)
+        _check_at_least("samples_per_class", samples_per_class, 1, optional=True)
+        _check_at_least("seed", seed, 0, optional=True)
+        if val_fraction is None or not 0.0 < val_fraction < 1.0:
             raise ValueError(f"`val_fraction` must be in (0, 1), got {val_fraction}.")
         if augment not in get_args(Augment):
             raise ValueError(f"`augment` must be one of {', '.join(get_args(Augment))}, got {augment!r}.")
@@ -220,15 +221,18 @@ def _position(trainer: Trainer | None) -> tuple[int, int] | None:
     return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
-def _check_at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
+def _check_at_least(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if value is None or value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def _check_normalization(value: Normalization | None) -> None:
     if value is None:
         return
-    if set(value) != {"mean", "std"} or any(len(numbers) != 3 for numbers in value.values()):
+    lists = list(value.values())
+    if set(value) != {"mean", "std"} or any(len(numbers) != 3 or not all(map(isfinite, numbers)) for numbers in lists):
         raise ValueError(
             "`normalization` must be None or hold the lists `mean` and `std` of three numbers each (R, G, B), "
             f"got {value}."
