@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
-from bsdp._checks import check_normalization
+from bsdp._checks import check_choice, check_normalization
 from bsdp.backbones import HeadKind, build_backbone
 from bsdp.layers import BasisPair
 from bsdp.training import cosine_factor, parameter_groups
@@ -75,6 +75,7 @@ class TransferTask(LightningModule):
     ) -> None:
         super().__init__()
         _check(lr_scheduler, head_lr, scale_lr, label_smoothing)
+        check_choice("lr_interval", lr_interval, ("step", "epoch"))
         check_normalization(normalization)
         built = build_backbone(backbone, num_classes=num_classes, weights=weights, head=head)
         if built.num_classes < 2:

@@ -42,7 +42,7 @@ class ImageFolderDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_size=image_size, batch_size=batch_size, augment=augment, **kwargs)
-        if not 0.0 < min_crop <= 1.0:
+        if min_crop is None or not 0.0 < min_crop <= 1.0:
             raise ValueError(f"`min_crop` must be in (0, 1], got {min_crop}.")
         self.folder = folder
         self.cache = cache
