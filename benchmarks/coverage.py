@@ -123,7 +123,9 @@ def _check(case: Case, row: Row, dtype: torch.dtype) -> None:
         _loss(model(*inputs)).backward()
         scores.update()
     with _step("prune"):
-        bsdp.prune(model, bsdp.select(scores.compute(), bsdp.measure_cost(model), ratio=0.5))
+        cost = bsdp.measure_cost(model, inputs, new_bias=False)
+        plan = bsdp.select(scores.compute(), cost, ratio=0.5)
+        bsdp.prune(model, plan)
     with _step("train"):
         _train(model, _cast((case.training or case.inputs)(2), dtype))
     with _step("fold"):
@@ -133,6 +135,8 @@ def _check(case: Case, row: Row, dtype: torch.dtype) -> None:
         if odd:
             raise StepFailed(f"{odd[0]} is left")
         _compare(_outputs(folded, inputs), expected, tolerance)
+        if _params(folded) != cost.deployed(plan.ranks):
+            raise StepFailed(f"{_params(folded)} parameters, but {cost.deployed(plan.ranks)} were planned")
     with _step("load"), tempfile.TemporaryDirectory() as folder:
         expected = _outputs(folded, inputs)
         path = bsdp.save(model, Path(folder) / "model.safetensors")
@@ -209,8 +213,12 @@ def _params(model: nn.Module) -> int:
 
 
 def _macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)  # without gradients the counter trips over views of parameters
+    with FlopCounterMode(display=False) as counter:
         model(*inputs)
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
     return max(1, counter.get_total_flops() // 2)
 
 

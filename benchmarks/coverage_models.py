@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # Image sizes where 128 is too small for the architecture, or is not allowed.
 _TORCHVISION_SIZES = {"inception": 299, "vit": 224, "maxvit": 224}
+_TIMM_SIZES = {"deepseek_vit": 126, "gemma4_vit": 96, "qwen3_vit": 96}  # multiples of their patches
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,16 @@ def timm_cases() -> Iterator[Case]:
 
 
 def timm_case(name: str, *, family: str | None = None) -> Case:
-    """One model of timm at the image size that it was made for."""
+    """One model of timm, at 224 pixels or the size that it was made for."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    channels, height, width = (3, 224, 224) if config is None else config.input_size
+    family, size = family or timm_family(name), 224
+    if config is not None:
+        smallest = config.min_input_size or (0, 0, 0)
+        size = config.input_size[1] if config.fixed_input_size else max(smallest[1], min(224, config.input_size[1]))
     return Case(
-        f"timm {family or timm_family(name)}",
-        name,
-        partial(timm.create_model, name),
-        partial(_tensors, (channels, height, width)),
+        f"timm {family}", name, partial(timm.create_model, name), partial(_images, _TIMM_SIZES.get(family, size))
     )
 
 

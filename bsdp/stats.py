@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bsdp._checks import check_at_least
 from bsdp.compiling import uncompiled
@@ -106,17 +107,36 @@ def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> 
     """Multiply-adds of one forward pass in eval mode, by fvcore's `FlopCountAnalysis` (batch size 1 for one example).
 
     What fvcore does not know is added: convolutions with ``padding="same"`` or ``"valid"``, and scaled-dot-product
-    attention as its two matrix products.
+    attention as its two matrix products. Where its tracer cannot follow a model (a detector that takes a list of
+    images, say) it is half of what torch's `FlopCounterMode` counts: the same for convolutions and matrix products,
+    and nothing for the few operations on norms and pooling that fvcore includes.
     """
+    inputs = as_inputs(example_input)
     with evaluating(model), uncompiled(), _attention_in_parts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore leans on torch.jit, which warns of its deprecation, also on import
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(model, as_inputs(example_input))
+        analysis = FlopCountAnalysis(model, inputs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         analysis.set_op_handle("aten::_convolution_mode", _convolution_macs)
-        return int(analysis.total())
+        try:
+            return int(analysis.total())
+        except Exception:
+            return _count_while_running(model, inputs)
+
+
+def _count_while_running(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:  # the counter trips over views of them when gradients are off
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return counter.get_total_flops() // 2
 
 
 def measure_cost(

@@ -99,6 +99,29 @@ def test_macs_at_a_rank_are_those_of_the_folded_layer(case: LayerCase) -> None:
             assert macs <= cost.original("macs")
 
 
+class Choosy(nn.Module):
+    """Takes a list of images and looks at values, which a tracer cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        scores = self.head(self.conv(torch.stack(images)).mean((2, 3)))
+        return [{"best": row[row > -1e9], "name": "nothing to trace"} for row in scores]  # type: ignore[dict-item]
+
+
+def test_a_model_that_cannot_be_traced_is_counted_while_it_runs() -> None:
+    model, images = Choosy(), [torch.randn(3, 8, 8)]
+    trains = [p.requires_grad for p in model.parameters()]
+    assert count_macs(model, (images,)) == 36 * 27 * 8 + 8 * 4
+    assert [p.requires_grad for p in model.parameters()] == trains
+    bsdp.decompose(model)
+    cost = bsdp.measure_cost(model, (images,))
+    assert cost.original("macs") == 36 * 27 * 8 + 8 * 4
+
+
 def test_attention_is_counted_as_its_two_products() -> None:
     class Attention(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
