@@ -235,6 +235,7 @@ class IterativeBasisPruning(Callback):
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
             return
         pruner = self._pruner()
+        self._agree(trainer)
         value = self._monitored(trainer)
         if value is None:
             return
@@ -255,6 +256,7 @@ class IterativeBasisPruning(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._log_structure(trainer, pl_module)
+        self._agree(trainer)
         pruner = self._pruner()
         if not pruner.stopped and pruner.should_stop(trainer.current_epoch):
             last = self.record.rounds[-1]
@@ -380,6 +382,11 @@ class IterativeBasisPruning(Callback):
         rank_zero_warn(f"MACs are not reported: {reason}. {advice}")
         self.record.input_shapes = [[0]]
 
+    def _agree(self, trainer: Trainer) -> None:
+        """Average scores and statistics over all processes: before a cut, and before a checkpoint of the first one."""
+        if trainer.world_size > 1:
+            self._pruner().reduce(lambda tensor: mean_over_processes(trainer, tensor))
+
     def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not getattr(trainer, "barebones", False):
             # The same in all processes; the maximum, as a mean would round large numbers.
@@ -396,7 +403,7 @@ class IterativeBasisPruning(Callback):
             return
         if self.settings.target_kind == "macs" and self.record.cost.fixed_macs is None:
             return  # only before the very first batch, which measures and comes back here
-        pruner.reduce(lambda tensor: mean_over_processes(trainer, tensor))
+        self._agree(trainer)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
             forget_graphs()

@@ -129,6 +129,19 @@ def test_batch_norm_modes(tmp_path: Path, mode: Any, stats: bool, affine: bool) 
     assert (not torch.equal(norm.weight, torch.ones(16))) is bool(affine)
 
 
+def test_frozen_batch_norms_stay_so_when_synchronised(tmp_path: Path) -> None:
+    module = WithBatchNorm()
+
+    def optimizer() -> torch.optim.Optimizer:  # `sync_batchnorm` replaces them right before this
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.2)
+
+    module.configure_optimizers = optimizer  # type: ignore[method-assign]
+    fit(module, [BasisDecomposition()], tmp_path)
+    assert isinstance(module.network[0][1], nn.SyncBatchNorm)
+    assert not module.network[0][1].running_mean.any()
+
+
 def test_train_bias(tmp_path: Path) -> None:
     module = Classifier()
     before = module.network[0][0].bias.detach().clone()
