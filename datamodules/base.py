@@ -109,6 +109,8 @@ class ImageDataModule(LightningDataModule):
         self._image_size = image_size
         self._root = data_root(data_dir)
         self._sources: dict[Split, Source] = {}
+        self._train_loader: TrainingLoader | None = None
+        self._saved: dict[str, Any] = {}
 
     @property
     def class_names(self) -> list[str]:
@@ -183,7 +185,22 @@ class ImageDataModule(LightningDataModule):
         )
         # The trainer of now: another one may take this data module for a test while the first is still fitting.
         loader.position = partial(_position, self.trainer)
+        if self._saved:
+            loader.load_state_dict(self._saved)
+        self._train_loader, self._saved = loader, {}
         return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of the training loader."""
+        return {} if self._train_loader is None else dict(self._train_loader.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the next training loader.
+
+        Lightning gives it to the loader itself, too, but not if somebody has asked for the number of steps before, as
+        most schedules of the learning rate do.
+        """
+        self._saved = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Give the validation images in their own order."""

@@ -14,10 +14,15 @@ SIZES = range(20)
 
 
 class Recorder(LightningModule):
-    """Notes epoch, batch index and the sum of every training batch."""
+    """Notes epoch, batch index and the sum of every training batch.
 
-    def __init__(self) -> None:
+    Args:
+        counts_steps: Ask for the number of steps as the optimizer is made, which makes the loaders.
+    """
+
+    def __init__(self, *, counts_steps: bool = False) -> None:
         super().__init__()
+        self.counts_steps = counts_steps
         self.layer = torch.nn.Linear(192, 2)
         self.seen: list[tuple[int, int, float]] = []
 
@@ -32,6 +37,8 @@ class Recorder(LightningModule):
         pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.counts_steps:
+            assert self.trainer.estimated_stepping_batches == 15
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
@@ -50,9 +57,14 @@ class SaveAt(Callback):
 
 
 def fit(
-    data: ToyDataModule, *, callbacks: list[Callback] | None = None, ckpt_path: str | None = None, **arguments: object
+    data: ToyDataModule,
+    *,
+    callbacks: list[Callback] | None = None,
+    ckpt_path: str | None = None,
+    counts_steps: bool = False,
+    **arguments: object,
 ) -> Recorder:
-    model = Recorder()
+    model = Recorder(counts_steps=counts_steps)
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -180,6 +192,12 @@ def test_resumed_run_sees_the_batches_that_are_left(hook: str, arguments: dict[s
     done = torch.load(path, weights_only=True)["global_step"]
     assert 0 < done < len(whole)
     assert rest == whole[done:]
+
+
+def test_resumes_in_the_middle_although_the_loader_was_made_before(tmp_path: object) -> None:
+    path = f"{tmp_path}/saved.ckpt"
+    whole = fit(toy(), callbacks=[SaveAt("on_train_batch_end", path)], counts_steps=True).seen
+    assert fit(toy(), ckpt_path=path, counts_steps=True).seen == whole[8:]
 
 
 def test_resumes_in_the_middle_with_workers(tmp_path: object) -> None:
