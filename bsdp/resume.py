@@ -38,7 +38,7 @@ class RunState(Callback):
     | --------------- | ------------------------------------------------------------------------------------------ |
     | ``random``      | the global random generators, which dropout and foreign data modules draw from             |
     | ``metrics``     | the text of ``metrics.csv``; see `bsdp.runs.reopen_logger`                                 |
-    | ``row``         | what the finished epoch is about to log, which happens only after its checkpoint           |
+    | ``row``         | what the finished step or epoch is about to log, which happens only after its checkpoint   |
     | ``sums``        | what the running epoch has logged so far, so that its means are those of all its batches   |
     | ``plateau``     | values with which ``ReduceLROnPlateau`` schedulers are about to step                       |
     | ``unvalidated`` | whether a validation comes right after the step that the checkpoint was written in         |
@@ -51,14 +51,16 @@ class RunState(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state."""
         epoch: Any = trainer.fit_loop.epoch_progress.current
+        step: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         ends, runs = epoch.processed > epoch.completed, epoch.started > epoch.processed
+        steps = runs and step.processed > step.completed
         checkpoint[STATE] = {
             "random": random_states(),
             "metrics": _metrics_text(trainer),
-            "row": _epoch_row(trainer) if ends else None,
+            "row": _epoch_row(trainer) if ends else _step_row(trainer) if steps else {},
             "sums": _epoch_sums(trainer) if runs else {},
             "plateau": _plateau_values(trainer) if ends else {},
-            "unvalidated": runs and _validation_follows(trainer),
+            "unvalidated": steps and _validation_follows(trainer),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -112,9 +114,21 @@ def _metrics_text(trainer: Trainer) -> str | None:
 
 def _epoch_row(trainer: Trainer) -> dict[str, float]:
     """What Lightning logs of the epoch after the hooks of its end."""
+    return _row(trainer, on_step=False, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+
+def _step_row(trainer: Trainer) -> dict[str, float]:
+    """What Lightning logs of the step after the hooks of its end."""
     loop = trainer.fit_loop.epoch_loop
-    values = {name: float(value) for name, value in loop._results.metrics(on_step=False)["log"].items()}
-    return {"epoch": trainer.current_epoch, **values, "step": loop._batches_that_stepped - 1} if values else {}
+    if loop._should_accumulate() or not trainer._logger_connector.should_update_logs:
+        return {}
+    return _row(trainer, on_step=True, step=loop._batches_that_stepped)
+
+
+def _row(trainer: Trainer, *, on_step: bool, step: int) -> dict[str, float]:
+    results = trainer.fit_loop.epoch_loop._results.metrics(on_step=on_step)
+    values = {name: float(value) for name, value in results["log"].items()}
+    return {"epoch": trainer.current_epoch, **values, "step": step} if values else {}
 
 
 def _epoch_sums(trainer: Trainer) -> dict[str, tuple[str, Tensor, Tensor | None]]:
@@ -141,9 +155,7 @@ def _plateau_values(trainer: Trainer) -> dict[int, float]:
 
 def _validation_follows(trainer: Trainer) -> bool:
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    batches: Any = loop.batch_progress.current
-    in_step = batches.processed > batches.completed
-    return in_step and fetcher is not None and bool(loop._should_check_val_fx(fetcher))
+    return fetcher is not None and bool(loop._should_check_val_fx(fetcher))
 
 
 def _ask_for_validation(loops: dict[str, Any]) -> None:

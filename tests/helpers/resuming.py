@@ -14,8 +14,11 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import bsdp
 
 Batch = tuple[Tensor, Tensor]
 
@@ -80,46 +83,86 @@ class StopAt(Callback):
     """
 
     def __init__(self, hook: str, epoch: int, batch: int | None = None, kill: bool = False) -> None:
-        self.epoch, self.batch, self.kill = epoch, batch, kill
+        self.epoch, self.batch = epoch, batch
+        self.end = die if kill else stop
         setattr(self, hook, self._stop)
 
     def _stop(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         if not trainer.sanity_checking and trainer.current_epoch == self.epoch and self.batch in (None, *args[-1:]):
-            die() if self.kill else stop()
+            self.end()
 
 
-class LastStopAt(StopAt):
-    """The same, behind all checkpoints of that hook."""
+class StopInWrite(Callback):
+    """End the run while a file is written.
+
+    Args:
+        file: Name of the file, or how it begins.
+        epoch: In which epoch; that of the end is the number of epochs.
+        when: ``during`` (half of the checkpoint is there), ``before`` or ``after`` it is moved to its place.
+        kill: End the process by SIGKILL.
+    """
+
+    def __init__(self, file: str, epoch: int, when: str, kill: bool = False) -> None:
+        self.file, self.epoch, self.when = file, epoch, when
+        self.end = die if kill else stop
+        self.replace, self.save = os.replace, torch.save
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def replace(source: Any, target: Any) -> None:
+            here = trainer.current_epoch == self.epoch and Path(target).name.startswith(self.file)
+            if here and self.when == "before":
+                self.end()
+            self.replace(source, target)
+            if here and self.when == "after":
+                self.end()
+
+        def save(content: Any, file: Any) -> None:
+            self.save(content, file)
+            if self.when == "during" and trainer.current_epoch == self.epoch and f"/.{self.file}" in file.name:
+                file.truncate(file.tell() // 2)
+                self.end()
+
+        os.replace, torch.save = replace, save  # type: ignore[assignment]
+
+    def on_exception(self, *args: Any) -> None:
+        os.replace, torch.save = self.replace, self.save
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        os.replace, torch.save = self.replace, self.save
 
 
-def stop(*args: Any, **kwargs: Any) -> None:
+def stop() -> None:
     raise Stopped
 
 
-def die(*args: Any, **kwargs: Any) -> None:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def configuration(folder: Path, *, model: dict[str, Any] | None = None, **trainer: Any) -> Path:
+def words_of(callback: type[Callback], **arguments: Any) -> list[str]:
+    """Words of the command line that add a callback of this file to the trainer."""
+    value = {"class_path": f"{__name__}.{callback.__name__}", "init_args": arguments}
+    return ["--trainer.callbacks+", json.dumps(value)]
+
+
+def write_configuration(folder: Path, **trainer: Any) -> Path:
     """Write the configuration of a run of five short epochs with three cuts; gives the file."""
     callbacks = [
         {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "max"}},
         {"class_path": "LearningRateMonitor", "init_args": {"logging_interval": "epoch"}},
+        {"class_path": "bsdp.callbacks.PruningReport", "init_args": {"latency_repeats": 0, "plot": False}},
         {"class_path": "bsdp.callbacks.BasisDecomposition", "init_args": {"metric": "activation", "batch_norm": "all"}},
         {
             "class_path": "bsdp.callbacks.IterativeBasisPruning",
             "init_args": {"target": 0.5, "tolerance": 0.9, "warmup_epochs": 2},
         },
-        {"class_path": "bsdp.callbacks.PruningReport", "init_args": {"latency_repeats": 0, "plot": False}},
     ]
+    data = {"image_size": 8, "batch_size": 32, "samples_per_class": 13, "augment": "crop_flip"}
     content = {
         "name": "net",
         "seed_everything": 0,
-        "model": model or {"class_path": "tests.helpers.resuming.RandomNet"},
-        "data": {
-            "class_path": "bsdp.datamodules.DigitsDataModule",
-            "init_args": {"image_size": 8, "batch_size": 32, "samples_per_class": 13, "augment": "crop_flip"},
-        },
+        "model": {"class_path": f"{__name__}.RandomNet"},
+        "data": {"class_path": "bsdp.datamodules.DigitsDataModule", "init_args": data},
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 5,
@@ -140,14 +183,17 @@ def outcome(run: Path) -> dict[str, Any]:
     """Everything that a finished run has left, but for paths."""
     pruned = torch.load(run / "pruned.ckpt", weights_only=True)
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    loops = last["loops"]["fit_loop"]
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
         "rows": rows,
         "summary": json.loads((run / "summary.json").read_text()),
-        "weights": (run / "pruned.safetensors").read_bytes(),
+        "metadata": bsdp.read_metadata(run / "pruned.safetensors"),
+        "weights": load_file(run / "pruned.safetensors"),
         **{f"pruned {key}": pruned[key] for key in ("bsdp", "state_dict", "optimizer_states", "lr_schedulers")},
-        **{f"last {key}": last[key] for key in ("bsdp", "state_dict", "optimizer_states", "lr_schedulers", "loops")},
+        **{f"last {key}": last[key] for key in ("bsdp", "state_dict", "optimizer_states", "lr_schedulers")},
+        "progress": {key: loops[key] for key in ("epoch_progress", "epoch_loop.batch_progress")},
         "pruner": next(state for key, state in last["callbacks"].items() if "IterativeBasisPruning" in key),
         "random": last["bsdp_run"]["random"],
     }
