@@ -133,8 +133,9 @@ def compare_speed(
         >>> bsdp.compare_speed(*nets, torch.zeros(1, 3, 8, 8), batch_sizes=(1,), repeats=1).mac_reduction
         2.0
     """
-    check_at_least("number of `batch_sizes`", len(batch_sizes), 1)
-    check_at_least("number of `layouts`", len(layouts), 1)
+    for name, values in (("batch_sizes", batch_sizes), ("layouts", layouts)):
+        if not values:
+            raise ValueError(f"`{name}` is empty: name at least one.")
     for size in batch_sizes:
         check_at_least("batch_sizes", size, 1)
     for layout in layouts:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bsdp._checks import check_at_least
 from bsdp.compiling import uncompiled
 from bsdp.cost import ModelCost, Positions, layer_cost
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
+from bsdp.timing import time_in_turn
 
 
 @dataclass(frozen=True)
@@ -241,25 +241,14 @@ def measure_latency(
     Returns:
         Milliseconds per name, in eval mode with the threads that torch is set to.
     """
-    check_at_least("repeats", repeats, 1)
-    check_at_least("warmup", warmup, 0)
     inputs = as_inputs(example_input)
-    times: dict[str, list[float]] = {name: [] for name in models}
     cuda = any(isinstance(t, Tensor) and t.is_cuda for t in inputs)
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
-        for i in range(warmup + repeats):
-            for name, model in models.items():
-                if cuda:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(*inputs)
-                if cuda:
-                    torch.cuda.synchronize()
-                if i >= warmup:
-                    times[name].append(1000.0 * (time.perf_counter() - start))
+        calls = {name: partial(model, *inputs) for name, model in models.items()}
+        times = time_in_turn(calls, repeats=repeats, warmup=warmup, cuda=cuda)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Loaded by `import bsdp` only when a function that needs it is called.
 LATE = ("lightning", "torchvision", "safetensors", "fvcore", "matplotlib", "rich", "sklearn", "wandb", "timm")
 # The files of bsdp/ that may know Lightning and what is built on it; the rest is the core.
-UPPER = ("bsdp.task", "bsdp.cli", "bsdp.trainer_cli", "bsdp.runs", "bsdp.resume", "bsdp.callbacks", "bsdp.datamodules")
+UPPER = (
+    *("bsdp.task", "bsdp.cli", "bsdp.command_parser", "bsdp.trainer_cli", "bsdp.runs", "bsdp.resume"),
+    *("bsdp.callbacks", "bsdp.datamodules"),
+)
 TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse", "torchmetrics")
 SKIPPED_FOLDERS = {"build", "dist", "logs"}
 
