@@ -1,5 +1,6 @@
 """Array files in the form of MedMNIST."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,14 @@ from torch import Tensor
 from bsdp.datamodules._paths import not_found
 from bsdp.datamodules.arrays import ArraySource, Augment
 from bsdp.datamodules.base import ImageDataModule, Split
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 class NPZDataModule(ImageDataModule):
@@ -128,10 +137,24 @@ class NPZDataModule(ImageDataModule):
                     f"'{self._path}' has no array `{key}`, it has {sorted(arrays)}. Needed are train_images, "
                     "train_labels, test_images and test_labels; val_images and val_labels may be there."
                 )
+            name = key if key in arrays.zip.namelist() else f"{key}.npy"
+            self._refuse_too_large(arrays.zip.getinfo(name).file_size, key)
             try:
-                return arrays[key]
+                array = arrays[key]
+                if not isinstance(array, np.ndarray):
+                    raise TypeError(f"`{key}` is no array")
+                return array
             except Exception as error:  # a damaged archive raises one of half a dozen kinds
                 raise self._unreadable(error) from error
+
+    def _refuse_too_large(self, size: int, key: str) -> None:
+        """A compressed array may be a thousand times as large in memory as in the file."""
+        memory = physical_memory()
+        if memory is not None and size > memory:
+            raise ValueError(
+                f"`{key}` of '{self._path}' unpacks to {size / 2**30:.1f} GiB, more than the {memory / 2**30:.1f} GiB "
+                "of memory here. Use fewer or smaller images, or an image folder, which is read bit by bit."
+            )
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 import os
+import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from bsdp.datamodules import NPZDataModule
+from bsdp.datamodules.npz import physical_memory
 from tests.datamodules.sets import pixels, write_npz
 
 
@@ -84,6 +87,62 @@ def test_never_unpickles(tmp_path: Path) -> None:
     objects = np.array([{"a": 1}] * 20, dtype=object)
     write_npz(tmp_path / "set.npz", train_images=objects)
     with pytest.raises(ValueError, match=r"cannot be read as an .npz file .*allow_pickle=False"):
+        module_of(tmp_path / "set.npz")
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_nothing_in_an_archive_runs(tmp_path: Path) -> None:
+    objects = np.empty(20, dtype=object)
+    objects[:] = [Payload(tmp_path / "marker")] * 20
+    write_npz(tmp_path / "set.npz", train_labels=objects)
+    for path, content in ((tmp_path / "set.npz", None), (tmp_path / "raw.npz", pickle.dumps(objects))):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read as an .npz file"):
+            module_of(path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_array_that_unpacks_to_more_than_the_memory_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = write_npz(tmp_path / "set.npz")
+    monkeypatch.setattr("bsdp.datamodules.npz.physical_memory", lambda: arrays["train_images"].nbytes)
+    with pytest.raises(ValueError, match=r"`train_images` of .*set\.npz' unpacks to 0\.0 GiB, more than the"):
+        module_of(tmp_path / "set.npz")
+    monkeypatch.setattr("bsdp.datamodules.npz.physical_memory", lambda: None)
+    module_of(tmp_path / "set.npz")
+
+
+def test_the_memory_of_this_machine_is_known_on_linux() -> None:
+    memory = physical_memory()
+    assert memory is None or memory > 2**28
+
+
+@pytest.mark.parametrize("shape", ["(99999999999999,)", "(-5, 28, 28)", "(20, 28", "()"])
+def test_headers_of_arrays_that_lie_are_refused(shape: str, tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", train_images=None)
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
+        archive.writestr("train_images.npy", b"\x93NUMPY\x01\x00\x76\x00" + header + b"\0" * 20 * 28 * 28)
+    with pytest.raises(ValueError, match=r"set\.npz' cannot be read as|`train_images` of .* must be uint8 of shape"):
+        module_of(tmp_path / "set.npz")
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", train_images=None)
+    with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
+        archive.writestr("train_images", b"hello")
+    with pytest.raises(ValueError, match=r"cannot be read as an .npz file .*`train_images` is no array"):
         module_of(tmp_path / "set.npz")
 
 
