@@ -69,7 +69,8 @@ def _gathered(words: list[str], types: dict[str, Any]) -> list[str]:
             values = []
             while words and not words[0].startswith("--"):
                 values.append(words.pop(0))
-            single = values[0] if len(values) == 1 and values[0].startswith("[") else f"[{', '.join(values)}]"
-            word = f"{word}={single}"
+            if values:
+                whole = len(values) == 1 and values[0].startswith("[")
+                word = f"{word}={values[0] if whole else '[' + ', '.join(values) + ']'}"
         gathered.append(word)
     return gathered

@@ -61,7 +61,7 @@ def export(
     if path.exists() and path.samefile(artifact.source):
         raise ValueError(f"`output`: {str(path)!r} is the file that is exported; choose another name.")
     example = _example(artifact, image_size)
-    print(f"{artifact.source}: {artifact.metadata['backbone']}, images {'x'.join(map(str, example.shape[1:]))}")
+    print(_title(artifact, example))
     if format == "safetensors":
         print("batch norms stay, so that the file loads into the original architecture")
         _write_safetensors(artifact, path, example, check=check)
@@ -91,10 +91,7 @@ def describe(target: str, image_size: int | None = None) -> str:
         return f"{stored_layers_table(error.path)}\n{error}"
     example = _example(artifact, image_size)
     stats, note = _stats(artifact, example)
-    facts = {key: artifact.metadata.get(key) for key in ("backbone", "num_classes")}
-    head = [str(artifact.source), *(f"{key} {value}" for key, value in facts.items())]
-    head.append(f"images {'x'.join(map(str, example.shape[1:]))}")
-    return "\n".join([", ".join(head), str(stats), *note])
+    return "\n".join([_title(artifact, example), str(stats), *note])
 
 
 def benchmark(
@@ -124,17 +121,24 @@ def benchmark(
     """
     place = _device(device)
     artifact = load_artifact(ckpt)
+    example = _example(artifact, image_size)
     layouts = {"try": ("contiguous", "channels_last"), "always": ("channels_last",), "never": ("contiguous",)}
     networks = [network.to(place) for network in (artifact.original(), artifact.folded)]
     comparison = compare_speed(
-        *(networks[0], networks[1], _example(artifact, image_size).to(place)),
+        *(networks[0], networks[1], example.to(place)),
         batch_sizes=batch_size,
         layouts=layouts[channels_last],
         threads=threads,
         repeats=repeats,
         seconds=seconds,
     )
-    return f"{artifact.source}: {artifact.metadata['backbone']}, images of {artifact.image_shape}\n{comparison}"
+    return f"{_title(artifact, example)}\n{comparison}"
+
+
+def _title(artifact: Artifact, example: Tensor) -> str:
+    facts = artifact.metadata
+    shape = "x".join(map(str, example.shape[1:]))
+    return f"{artifact.source}: {facts['backbone']}, {facts['num_classes']} classes, images {shape}"
 
 
 def _example(artifact: Artifact, image_size: int | None) -> Tensor:
