@@ -17,7 +17,7 @@ from typing_extensions import Self
 from bsdp._checks import check_choice, check_normalization
 from bsdp.backbones import HeadKind, build_backbone
 from bsdp.layers import BasisPair
-from bsdp.training import cosine_factor, parameter_groups
+from bsdp.training import cosine_factor, onecycle_factor, parameter_groups
 from bsdp.weight_files import no_weight_files
 
 Schedule = Literal["constant", "cosine", "onecycle"]
@@ -199,10 +199,8 @@ class TransferTask(LightningModule):
                 "`trainer.max_steps`, or use `lr_scheduler: constant`."
             )
         total = max(1, int(steps))
-        if self.lr_scheduler == "cosine":
-            return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosine_factor, total=total))
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total, pct_start=0.3, cycle_momentum=False)
+        factor = cosine_factor if self.lr_scheduler == "cosine" else onecycle_factor
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, total=total))
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch

@@ -63,3 +63,23 @@ def cosine_factor(step: int, *, total: int, warmup: float = 0.05) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
+
+
+def onecycle_factor(step: int, *, total: int, rise: float = 0.3) -> float:
+    """Learning-rate factor of ``torch.optim.lr_scheduler.OneCycleLR`` with its own defaults, as a function of the step.
+
+    It rises from 1/25 to 1 along half a cosine, then falls along another to 1/250000, and stays there: unlike the
+    scheduler, it also goes on when a resumed training is longer than it was planned to be.
+
+    Args:
+        step: Optimizer steps done.
+        total: Steps of the whole training.
+        rise: Share of the steps in which it rises.
+
+    Example:
+        >>> [round(onecycle_factor(step, total=5, rise=0.6), 2) for step in range(7)]
+        [0.04, 0.52, 1.0, 0.5, 0.0, 0.0, 0.0]
+    """
+    top = rise * total - 1.0
+    start, end, share = (0.04, 1.0, step / top) if step < top else (1.0, 4e-6, (step - top) / (total - 1.0 - top))
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * min(1.0, share)))

@@ -19,7 +19,7 @@ import bsdp
 from bsdp.cifar_nets import CifarResNet
 from bsdp.structure import structure_of
 from bsdp.task import TransferTask
-from bsdp.training import cosine_factor
+from bsdp.training import cosine_factor, onecycle_factor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -199,6 +199,18 @@ def test_cosine_factor_rises_falls_and_stays_at_zero() -> None:
     assert factors[55] == pytest.approx(0.5)
     assert factors[100:] == [0.0] * 30
     assert cosine_factor(0, total=1) == 1.0
+
+
+@pytest.mark.parametrize("total", [1, 3, 10, 47])
+def test_onecycle_factor_is_that_of_the_scheduler(total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
+    for step in range(total):
+        assert onecycle_factor(step, total=total) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+    assert onecycle_factor(2 * total, total=total) == pytest.approx(4e-6)
 
 
 def test_scheduler_classes_step_as_told(tmp_path: Path) -> None:
