@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import nn
 
 from bsdp.cifar_nets import CifarResNet, densenet_bc100
 from bsdp.heads import find_head, head_outputs
+from bsdp.reading import reason_of, without_unpickling
 
 Normalization = dict[str, list[float]]
 
@@ -86,11 +88,12 @@ def build_torchvision(spec: str, name: str, published: str | None, pretrained: b
             )
         entry = names[published.lower()]
     try:
-        network = models.get_model(name, weights=entry if published is not None else None, **options)
-    except OSError as error:  # urllib's errors are OSErrors
+        with without_unpickling():
+            network = models.get_model(name, weights=entry if published is not None else None, **options)
+    except (OSError, UnpicklingError) as error:  # urllib's errors are OSErrors
         raise ValueError(
-            f"`weights`: the published weights of {spec!r} could not be downloaded ({error}). Without a network, give "
-            "the path of a weight file, or `none` for random weights."
+            f"`weights`: the published weights of {spec!r} could not be downloaded ({reason_of(error)}). Without a "
+            "network, give the path of a weight file, or `none` for random weights."
         ) from error
     count = len(entry.meta["categories"]) if published is not None else 1000
     transforms = entry.transforms() if entry is not None else None
@@ -105,10 +108,11 @@ def build_timm(spec: str, name: str, published: str | None, pretrained: bool) ->
     timm = import_timm()
     full = name if published in (None, "default") else f"{name.split('.')[0]}.{published}"
     try:
-        network = timm.create_model(full, pretrained=published is not None)
-    except (OSError, RuntimeError) as error:
+        with without_unpickling():
+            network = timm.create_model(full, pretrained=published is not None)
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise ValueError(
-            f"`weights`: timm could not give {full!r} ({str(error).splitlines()[0]}). Give the path of a weight file, "
+            f"`weights`: timm could not give {full!r} ({reason_of(error)}). Give the path of a weight file, "
             "or `none` for random weights."
         ) from error
     config = timm.data.resolve_data_config({}, model=network)

@@ -117,6 +117,19 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+@contextmanager
+def without_unpickling() -> Iterator[None]:
+    """Make every ``torch.load`` inside read weights only, also those of libraries that fetch files by themselves."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def _refuse_compressed(path: Path) -> None:
     """``torch.save`` stores its records as they are, so one that grows when it is read is meant to fill the memory."""
     if not zipfile.is_zipfile(path):

@@ -1,6 +1,7 @@
 """Files that mean harm: nothing in them runs, errors are one paragraph, and the model stays as it was."""
 
 import json
+import os
 import random
 import re
 import zipfile
@@ -503,6 +504,24 @@ def test_odd_metadata_of_a_weight_file_is_refused(text: str, tmp_path: Path) -> 
     safetensors.torch.save_file({"fc.weight": torch.zeros(3, 64)}, path, metadata={"bsdp": text})
     with pytest.raises(ValueError, match=r"`weights`: .*(metadata that is no table|holds a pruned network)"):
         read_weight_file(path)
+
+
+@pytest.mark.parametrize("forced", [None, "1"])
+def test_published_weights_are_not_unpickled_either(
+    forced: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, marker = tmp_path / "cached.pth", tmp_path / "marker"
+    torch.save({"fc.weight": Payload(marker)}, path)
+    if forced is not None:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    before = dict(os.environ)
+    for target in ("torchvision.models.get_model", "timm.create_model"):
+        monkeypatch.setattr(target, lambda *args, **options: torch.load(path, weights_only=False))
+    for spec in ("torchvision:resnet18", "timm:resnet18"):
+        with pytest.raises(ValueError, match=r"`weights`: .*UnpicklingError"):
+            build_backbone(spec, weights="default")
+    assert not marker.exists()
+    assert dict(os.environ) == before
 
 
 def test_a_plain_file_of_ours_is_a_weight_file(tmp_path: Path) -> None:
