@@ -112,7 +112,7 @@ def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> 
     and nothing for the few operations on norms and pooling that fvcore includes.
     """
     inputs = as_inputs(example_input)
-    with evaluating(model), uncompiled(), _attention_in_parts(), warnings.catch_warnings():
+    with evaluating(model), uncompiled(model), _attention_in_parts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore leans on torch.jit, which warns of its deprecation, also on import
         from fvcore.nn import FlopCountAnalysis
 
@@ -136,7 +136,7 @@ def _count_while_running(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def measure_cost(

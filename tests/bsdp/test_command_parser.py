@@ -64,7 +64,7 @@ def test_required_arguments_may_be_options() -> None:
     [
         ("", "place"),
         ("here --image-size big", "image_size"),
-        ("here --batch-size", "batch_size"),
+        ("here --batch-size", "batch-size"),
         ("here --batch-size 2 x", "batch_size"),
         ("here --dry-run maybe", "dry_run"),
         ("here --mode idle", "mode"),
