@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import bsdp
+from bsdp.compiling import uncompiled
 from bsdp.stats import count_macs
 
 
@@ -22,7 +23,8 @@ def network_of(pl_module: LightningModule, name: str) -> nn.Module:
 
 def fold_network(pl_module: LightningModule, name: str) -> nn.Module:
     """A plain copy of the network that the module holds now, in eval mode."""
-    return bsdp.fold(network_of(pl_module, name)).eval()
+    with uncompiled(pl_module):  # a copy of a compiled method would still run the original
+        return bsdp.fold(network_of(pl_module, name)).eval()
 
 
 def file_sizes(original: nn.Module, network: nn.Module, written: Path | None) -> dict[str, int]:

@@ -18,6 +18,7 @@ from bsdp.calibration import OutputMoments, rebase
 from bsdp.callbacks._measuring import as_parameters
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
+from bsdp.compiling import inside_compiled, plain_name
 from bsdp.decompose import Decomposition, decompose, find_head
 from bsdp.factorize import METRICS
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
@@ -163,7 +164,8 @@ class BasisDecomposition(Callback):
         if self.backbone is None:
             return pl_module
         try:
-            return pl_module.get_submodule(self.backbone)
+            module = pl_module.get_submodule(self.backbone)
+            return module.get_submodule(inside_compiled(module))
         except AttributeError as error:
             children = [name for name, _ in pl_module.named_children()]
             raise ValueError(
@@ -172,13 +174,12 @@ class BasisDecomposition(Callback):
             ) from error
 
     def _freeze(self, pl_module: LightningModule, target: nn.Module, head: str | None) -> None:
-        names = [name for name, _ in pl_module.named_modules() if name]
-        check_patterns("trainable", self.trainable, names)
-        patterns = list(self.trainable or [])
+        names = {plain_name(name): module for name, module in pl_module.named_modules() if name}
+        patterns = check_patterns("trainable", self.trainable, names)
         if self.backbone is None and head is not None and not isinstance(pl_module.get_submodule(head), BasisPair):
-            patterns.append(head)
-        prefix = f"{self.backbone}." if self.backbone else ""
-        self._kept = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and matches(n, patterns)]
+            patterns.append(plain_name(head))
+        wanted = {module for name, module in names.items() if matches(name, patterns)}
+        self._kept = [name for name, module in target.named_modules() if name and module in wanted]
         freeze(target, trainable=self._kept, batch_norm=self.batch_norm, train_bias=self.train_bias)
         self._fixed_batch_norms = self._find_fixed_batch_norms(pl_module)
         if not any(p.requires_grad for p in pl_module.parameters()):
