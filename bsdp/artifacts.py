@@ -205,7 +205,7 @@ def _build(metadata: Mapping[str, Any], source: Path | str) -> Backbone:
             num_classes=classes,
             # Two networks of torchvision shift their input if, and only if, they are pretrained.
             weights="default" if metadata.get("pretrained", True) else "none",
-            head="pool_linear" if head == "pool_linear" else "original",  # a pretrained head has the same shape
+            head=head,
         )
 
 

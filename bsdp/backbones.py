@@ -64,10 +64,11 @@ def build_backbone(
     file = _open(spec, weights)
     published = weights is not None and file is None and weight_files_are_read() and family != "bsdp"
     backbone = _BUILDERS[family](spec, name, weights if published else None, weights is not None)
-    keep_head = head == "pretrained" or num_classes is None
+    # Where no weights are read, a whole checkpoint follows, whose head may have any number of classes.
+    keep_head = num_classes is None or (head == "pretrained" and weight_files_are_read())
     if file is not None:
         backbone = _load(backbone, file, keep_head=keep_head)
-    if head == "pretrained" and num_classes not in (None, backbone.num_classes):
+    if head == "pretrained" and keep_head and num_classes not in (None, backbone.num_classes):
         raise ValueError(
             f"`num_classes` is {num_classes}, but the pretrained head of {spec!r} has {backbone.num_classes} outputs; "
             "use `head: original` for a new one."

@@ -226,6 +226,7 @@ class TransferTask(LightningModule):
             "backbone": self.backbone,
             "head": self.hparams["head"],
             "num_classes": self.num_classes,
+            "pretrained": str(self.hparams["weights"]).lower() != "none",
             "mean": normalization.get("mean"),
             "std": normalization.get("std"),
         }

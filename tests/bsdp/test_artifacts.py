@@ -28,6 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FACTS = {
     "backbone": "bsdp:resnet20",
     "head": "original",
+    "pretrained": False,
     "num_classes": 4,
     "class_names": CLASS_NAMES,
     "image_size": 8,
@@ -43,7 +44,7 @@ def test_the_pruned_network_comes_back(run: Path, name: str) -> None:
     images = torch.randn(3, 3, 8, 8)
 
     assert artifact.source == run / (name or "pruned.ckpt") and artifact.is_pruned
-    assert {**FACTS, **artifact.metadata} == artifact.metadata and artifact.image_shape == (3, 8, 8)
+    assert artifact.metadata == FACTS and artifact.image_shape == (3, 8, 8)
     torch.testing.assert_close(artifact.folded(images), task(images), rtol=1e-4, atol=1e-5)
     assert not bsdp.named_pairs(artifact.folded) and not artifact.folded.training
     expected = {n: p.rank for n, p in bsdp.named_pairs(task.network).items()}
@@ -107,6 +108,16 @@ def test_backbones_by_name_have_no_weights_file(monkeypatch: pytest.MonkeyPatch)
     assert artifact.original().fc.out_features == 10
     with pytest.raises(FileNotFoundError, match="no file or folder 'bsdp:resnet20'"):
         load_artifact("bsdp:resnet20")
+
+
+def test_a_pretrained_head_with_classes_of_its_own(tmp_path: Path) -> None:
+    network = build_backbone("bsdp:resnet20", num_classes=4, weights="none").network
+    weights = str(bsdp.save(network, tmp_path / "weights.safetensors"))
+    task = TransferTask("bsdp:resnet20", weights=weights, head="pretrained")
+    path = write_checkpoint(task, tmp_path / "x.ckpt")
+    images = torch.randn(2, 3, 8, 8)
+    for found in (TransferTask.load_from_checkpoint(path).network.eval(), load_artifact(path).folded):
+        assert torch.equal(found(images), task.network.eval()(images))
 
 
 def test_networks_of_torchvision_that_shift_their_input_when_pretrained(tmp_path: Path) -> None:
