@@ -73,12 +73,14 @@ def test_same_cuts_and_weights_as_without(
 
 @pytest.mark.parametrize("kind", ["network in place", *slow("network", "module")])
 def test_more_structures_than_dynamo_allows_graphs(kind: str, tmp_path: Path) -> None:
-    with torch._dynamo.config.patch(recompile_limit=6, fail_on_recompile_limit_hit=True):
-        _, pruning, module = fit(kind, tmp_path, pruning={"rounds": 8, "target": 0.8}, max_epochs=9)
+    # What Lightning calls per batch may need five graphs in a compiled module, whatever the structure.
+    limit = 6 if kind == "module" else 3
+    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        _, pruning, module = fit(kind, tmp_path, pruning={"rounds": limit, "target": 0.7}, max_epochs=limit + 1)
     assert ranks(module) == list(pruning.record.rounds[-1].ranks.values())
 
 
-@pytest.mark.parametrize("kind", ["network", *slow("network in place", "module")])
+@pytest.mark.parametrize("kind", [*slow("network", "network in place", "module")])
 def test_report_measures_the_pruned_network(kind: str, tmp_path: Path) -> None:
     reports = [PruningReport(latency_repeats=1) for _ in range(2)]
     for name, report in zip(("", kind), reports, strict=True):
@@ -89,6 +91,7 @@ def test_report_measures_the_pruned_network(kind: str, tmp_path: Path) -> None:
         assert first[key] == pytest.approx(second[key], rel=0.01), key
 
 
+@pytest.mark.slow
 def test_module_that_holds_the_layers_itself(tmp_path: Path) -> None:
     reports = [PruningReport(latency_repeats=1) for _ in range(2)]
     _, expected, _ = fit("", tmp_path, reports[0], spread=True)
@@ -101,7 +104,9 @@ def test_module_that_holds_the_layers_itself(tmp_path: Path) -> None:
 
 def test_backbone_and_trainable_need_not_know_of_the_wrapper(tmp_path: Path) -> None:
     decomposition = {"backbone": "network.0", "include": ["0"], "trainable": ["network.0.2"]}
-    _, _, module = fit("network", tmp_path, decomposition=decomposition, pruning={"target": 0.01, "rounds": 1})
+    _, _, module = fit(
+        "network", tmp_path, decomposition=decomposition, pruning={"target": 0.01, "rounds": 1}, max_epochs=2
+    )
     assert list(bsdp.named_pairs(module)) == ["network._orig_mod.0.0"]
     assert module.network._orig_mod[0][2].weight.requires_grad
     assert module.network._orig_mod[3].weight.requires_grad
