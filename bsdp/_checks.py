@@ -28,6 +28,12 @@ def check_at_least(argument: str, value: float, minimum: float) -> None:
         raise ValueError(f"`{argument}` must be at least {minimum}, got {value!r}.")
 
 
+def check_whole(argument: str, value: int, minimum: int) -> None:
+    """Refuse anything but a whole number of at least a minimum."""
+    if type(value) is not int or value < minimum:
+        raise ValueError(f"`{argument}` must be at least {minimum} and a whole number, got {value!r}.")
+
+
 def check_normalization(value: Mapping[str, Sequence[float]] | None) -> None:
     """Refuse anything but None and three finite numbers each for ``mean`` and ``std``, the latter above 0."""
     good = value is None or (

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp._checks import check_at_least, check_choice, check_share
+from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.cost import COST_KINDS, ModelCost
 from bsdp.importance import IMPORTANCES, FeatureStatistics, NoScoresError, ScoreAccumulator
 from bsdp.layers import named_pairs
@@ -66,8 +66,8 @@ class PruningSettings:
         check_choice("ranking", self.ranking, RANKINGS)
         check_choice("mode", self.mode, ("max", "min"))
         for name in ("rounds", "epochs_per_round", "patience_rounds", "min_rank"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("warmup_epochs", self.warmup_epochs, 0)
+            check_whole(name, getattr(self, name), 1)
+        check_whole("warmup_epochs", self.warmup_epochs, 0)
         if self.tolerance is not None:
             check_at_least("tolerance", self.tolerance, 0)
         if self.warmup_epochs == 0 and (self.tolerance is not None or self.importance != "magnitude"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bsdp._checks import check_at_least, check_choice, check_share
+from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.cost import COST_KINDS, LayerCost, ModelCost
 
 RANKINGS = ("importance", "per_cost", "hull")
@@ -106,7 +106,7 @@ def select(
     """
     check_choice("kind", kind, COST_KINDS)
     check_choice("ranking", ranking, RANKINGS)
-    check_at_least("min_rank", min_rank, 1)
+    check_whole("min_rank", min_rank, 1)
     check_share("max_layer_ratio", max_layer_ratio)
     if (ratio is None) == (budget is None):
         raise ValueError("give either `ratio` or `budget`.")
