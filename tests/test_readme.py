@@ -8,9 +8,12 @@ from typing import Any
 
 import lightning
 import pytest
+import torch
 
 import bsdp
+from bsdp import cli
 from tests.helpers.pruning_runs import Classifier, Stripes, small_network
+from tests.helpers.tiny_run import write_run
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -38,6 +41,26 @@ def test_drop_in_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     loading = {"bsdp": bsdp, "MyNetwork": small_network}
     exec(compile(blocks()[1], str(README), "exec"), loading)
     assert not bsdp.named_pairs(loading["network"])  # type: ignore[arg-type]
+
+
+def commands(word: str) -> list[list[str]]:
+    """The words of every command of that name in the README."""
+    return [line.split() for line in re.findall(rf"^bsdp ({word} .*)$", README.read_text(), flags=re.MULTILINE)]
+
+
+def test_deploying_works_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "logs" / "run" / "version_0")
+    assert [len(commands(word)) for word in ("export", "describe", "benchmark")] == [1, 1, 1]
+    assert cli.main(commands("export")[0]) == 0 and Path("logs/run/version_0/model.onnx").is_file()
+    assert cli.main(commands("describe")[0]) == 0
+    assert cli.main([*commands("benchmark")[0], "--repeats", "1"]) == 0
+    assert "speed-up / MAC reduction" in capsys.readouterr().out
+    images = torch.zeros(1, 1, 8, 8)
+    exec(compile(blocks()[2], str(README), "exec"), {"bsdp": bsdp, "network": small_network(), "images": images})
+    assert "largest difference from PyTorch" in capsys.readouterr().out and Path("model.onnx").is_file()
 
 
 def test_files_and_commands_exist() -> None:

@@ -117,6 +117,9 @@ def test_nothing_is_overwritten_without_force(run: Path, capsys: pytest.CaptureF
     assert (run / "model.pt2").read_text() == "mine" and files(run) == before
     done(capsys, *args, "--force", "--check", "false")
     assert torch.export.load(run / "model.pt2")
+    (run / "model.safetensors").write_text("mine")
+    assert "`output`: " in refused(capsys, "export", "--ckpt", run, "--format", "safetensors")
+    assert (run / "model.safetensors").read_text() == "mine"
     weights = (run / "pruned.safetensors").read_bytes()
     own = ("--ckpt", run / "pruned.safetensors", "--output", run / "pruned.safetensors", "--force")
     assert "is the file that is exported" in refused(capsys, "export", *own, "--format", "safetensors")
