@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,13 @@ from torch.nn.utils import parametrize
 
 from bsdp._checks import check_choice, check_patterns, matches
 from bsdp.cost import layer_cost
+from bsdp.equivalents import is_plain, plain_equivalent
 from bsdp.factorize import METRICS, factorize
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, watching, weight_of
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
 from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
 
+_READ = "other code reads its weight, or calls it with more than its input"
 _CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 
 
@@ -57,6 +61,8 @@ def decompose(
 
     The outputs do not change: at full rank a pair computes the same function as its layer, for every stride, padding,
     padding mode, dilation and number of groups (Wong et al., arXiv 2108.02893). The factors are computed in float64.
+    Layers of derived types and parametrized ones (weight standardisation, weight norm) are decomposed when a plain
+    layer turns out to compute the same, else left alone.
     Afterwards the basis filters, the 1x1 weights and the bias of each pair are frozen and only ``scaling.delta``
     trains; other parameters are left as they are (see `freeze`).
 
@@ -93,28 +99,31 @@ def decompose(
     all_names = [name for group in (*layers.values(), *pairs.values()) for name in group]
     included = None if include is None else check_patterns("include", include, all_names)
     excluded = check_patterns("exclude", exclude, all_names)
-    uncalled = _uncalled_layers(model, list(layers), example_input)
+    whole = _whole_layers(model, list(layers), example_input)
     owners = _parameter_owners(names)
     head = find_head(model)
 
     skipped: dict[str, str] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, layer_names in layers.items():
-        reason = _reason_to_skip(layer, layer_names, included, excluded, head, uncalled, owners)
-        if reason is not None:
-            skipped.update(dict.fromkeys(layer_names, reason))
+        reason = _reason_to_skip(layer, layer_names, included, excluded, head, whole, owners)
+        plain = layer if reason is not None or is_plain(layer) else plain_equivalent(layer)
+        if plain is None:
+            reason = f"what a {type(layer).__name__} computes is not what a plain layer does, whatever its weights"
+        if reason is not None or plain is None:
+            skipped.update({name: str(reason) for name in layer_names})
             continue
         moment = None if statistics is None else next((statistics[n] for n in layer_names if n in statistics), None)
         if metric != "euclidean" and moment is None:
             raise ValueError(f"`statistics` lacks layer {layer_names[0]!r}, which `metric={metric!r}` needs.")
         try:
-            replacements[layer] = pair_from_layer(layer, metric=metric, moment=moment)
+            replacements[layer] = pair_from_layer(plain, metric=metric, moment=moment)
         except ValueError as error:
             raise ValueError(f"layer {layer_names[0]!r} {tuple(weight_of(layer).shape)}: {error}") from error
     replaced = _swap(model, replacements)
     if example_input is not None:
         for name in _put_back_whole(model, replacements, example_input):
-            skipped[name] = "other code reads its weight, or calls it with more than its input"
+            skipped[name] = _READ
             del replaced[name]
     by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
     return Decomposition(by_name, skipped)
@@ -145,7 +154,7 @@ def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tens
     """Build the full-rank pair of one layer; the layer itself is not changed.
 
     Args:
-        layer: A ``Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``.
+        layer: A convolution, transposed convolution or linear layer of torch's own types.
         metric: See `decompose`.
         moment: See `decompose`, one entry of `statistics`.
 
@@ -171,7 +180,7 @@ def _reason_to_skip(
     include: list[str] | None,
     exclude: list[str],
     head: str | None,
-    uncalled: Mapping[nn.Module, str],
+    whole: Mapping[nn.Module, str],
     owners: Mapping[int, int],
 ) -> str | None:
     if include is not None and not any(matches(name, include) for name in names):
@@ -180,21 +189,21 @@ def _reason_to_skip(
         return "named in `exclude`"
     if include is None and head in names:
         return "it is the head (the last layer of the model); name it in `include` to decompose it"
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrized (weight norm, spectral norm, ...); remove the parametrization first"
-    weight = weight_of(layer)
-    if parameter.is_lazy(weight):
+    if any(parameter.is_lazy(p) for p in layer.parameters()):
         return "it is lazy: run the model once before decomposing"
-    if type(layer) not in SUPPORTED_TYPES:
+    if plain_type(type(layer)) is None:
         return f"layers of type {type(layer).__name__} are not supported"
+    weight = weight_of(layer)
     if weight.is_meta:
         return "its weight is on the meta device: load the weights before decomposing"
     if has_forward_pre_hooks(layer):
         return "it has forward pre-hooks, which may change its weight or input (weight norm of the old style does)"
-    if not isinstance(weight, nn.Parameter) or any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
+    if any(owners[id(p)] > 1 for p in layer.parameters()):
         return "it shares a parameter with another module"
-    if layer in uncalled:
-        return uncalled[layer]
+    if not parametrize.is_parametrized(layer) and not isinstance(weight, nn.Parameter):
+        return "its weight is not a parameter of its own"
+    if layer in whole:
+        return whole[layer]
     cost = layer_cost(layer)
     if cost.full_rank == 1:
         depthwise = cost.groups > 1 and cost.groups == getattr(layer, "in_channels", 0)
@@ -213,18 +222,48 @@ def _parameter_owners(names: Mapping[nn.Module, list[str]]) -> dict[int, int]:
     return owners
 
 
-def _uncalled_layers(
+def _whole_layers(
     model: nn.Module, layers: list[nn.Module], example_input: Tensor | tuple[Tensor, ...] | None
 ) -> dict[nn.Module, str]:
-    """Layers that are not used through their forward, and why: a folded pair would not be found there."""
+    """Layers that other code uses in ways that a folded pair does not offer, and why."""
     reasons: dict[nn.Module, str] = {}
     if example_input is not None:
         called: set[nn.Module] = set()
-        with probe(model, layers, lambda layer, _inputs, _output: called.add(layer)):
+        with probe(model, layers, lambda layer, _inputs, _output: called.add(layer)), _readers(layers) as read:
             model(*as_inputs(example_input))
+        reasons.update({layer: _READ for layer in read})
         reasons.update({layer: "it is never called on the example input" for layer in layers if layer not in called})
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             reason = "nn.TransformerEncoderLayer reads its weight when it evaluates"
             reasons.update(dict.fromkeys((module.linear1, module.linear2), reason))
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[module.out_proj] = "nn.MultiheadAttention reads its weight"
     return reasons
+
+
+@contextmanager
+def _readers(layers: list[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Collect the layers whose weight is read by other code than their own forward.
+
+    Parameters are no plain attributes: reading one goes through `nn.Module.__getattr__`.
+    """
+    read: set[nn.Module] = set()
+    running: list[nn.Module] = []
+    watched = set(layers)
+    original = nn.Module.__getattr__
+
+    def spy(module: nn.Module, name: str) -> Any:
+        if name == "weight" and module in watched and module not in running:
+            read.add(module)
+        return original(module, name)
+
+    handles = [layer.register_forward_pre_hook(lambda m, _: running.append(m)) for layer in layers]
+    handles += [layer.register_forward_hook(lambda *_: running.pop() and None) for layer in layers]
+    nn.Module.__getattr__ = spy  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()

@@ -14,7 +14,7 @@ from torch import nn
 from bsdp.cost import layer_cost
 from bsdp.fitting import check_names_and_shapes, check_values, expected_state, meta_layer
 from bsdp.folding import empty_folded, fold_pair, unfold_into
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs, plain_type
 from bsdp.reading import open_safetensors, parse_json, shown, tensors_of
 from bsdp.surgery import module_names
 
@@ -148,7 +148,7 @@ def _checked_plan(model: nn.Module, plan: object, path: Path) -> dict[str, dict[
     entries: dict[nn.Module, Any] = {}
     for name, entry in plan.items():
         module = modules.get(name) if name else None
-        if module is None or type(module) not in SUPPORTED_TYPES:
+        if module is None or plain_type(type(module)) is None:
             found = "no such layer" if module is None else f"a {type(module).__name__} there"
             raise ValueError(
                 f"{path} has a plan for {shown(name)}, but the model has {found}: pass the original architecture."

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import parameter
 
 from bsdp.cost import layer_cost
-from bsdp.layers import new_layer, weight_of
+from bsdp.layers import new_layer
 from bsdp.reading import shown
 from bsdp.surgery import module_names
 
 
 def meta_layer(layer: nn.Module) -> nn.Module:
     """The plain layer of a layer's (or pair's original) geometry on the meta device: sizes without memory."""
-    options: dict[str, Any] = {"device": torch.device("meta"), "dtype": weight_of(layer).dtype}
+    options: dict[str, Any] = {"device": torch.device("meta"), "dtype": next(layer.parameters()).dtype}
     cost = layer_cost(layer)
     return new_layer(layer, cost.out_channels, bias=cost.bias, **options)
 

@@ -93,8 +93,15 @@ def _empty(kind: Callable[..., nn.Module], device: torch.device | None, **argume
     return layer
 
 
+def plain_type(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The type among `SUPPORTED_TYPES` that a type is or derives from."""
+    return next((base for base in kind.__mro__ if base in SUPPORTED_TYPES), None)
+
+
 def _plain_type(layer: nn.Module) -> type[nn.Module]:
-    return layer.original_type if isinstance(layer, BasisPair) else type(layer)
+    kind = layer.original_type if isinstance(layer, BasisPair) else plain_type(type(layer))
+    assert kind is not None
+    return kind
 
 
 def _width(kind: type[nn.Module]) -> str:
@@ -201,14 +208,14 @@ class BasisPair(nn.Module):
 
     Attributes:
         whole: Whether the model uses the layer in a way that two plain layers in a row do not offer: it reads the
-            weight, or passes more than the input. Such a pair folds to one layer, so removing bases saves nothing. Seen
-            by `watching` while the model runs.
+            weight, or passes more than the input. Such a pair folds to one layer, so removing bases saves nothing.
+        watched: Whether uses count for `whole` now; `measure_cost` and `describe` set it while they run the model.
         reads: How often the model read the weight in the last run that was watched.
     """
 
     def __init__(self, layer: nn.Module, *, rank: int | None = None) -> None:
         super().__init__()
-        self.whole = self._watched = False
+        self.whole = self.watched = False
         self.reads = 0
         weight, outputs = weight_of(layer), layer_outputs(layer)
         self.groups = layer_groups(layer)
@@ -217,7 +224,7 @@ class BasisPair(nn.Module):
         self.fan_in = weight.numel() // outputs
         self.full_rank = min(self.fan_in, self.out_per_group)
         self.had_bias = layer.bias is not None
-        self.original_type = type(layer)
+        self.original_type = _plain_type(layer)
         for name in GEOMETRY:
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -244,7 +251,7 @@ class BasisPair(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The differentiable product ``V diag(s sigma) U^T`` in the original weight's shape, for code that reads it."""
-        if self._watched:
+        if self.watched:
             self.whole = True
             self.reads += 1
         return self._as_weight(self.product)
@@ -261,7 +268,7 @@ class BasisPair(nn.Module):
 
     def forward(self, inputs: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """Apply the pair; the same shapes, and the same further arguments, as the original layer."""
-        if self._watched and (arguments or named):
+        if self.watched and (arguments or named):
             self.whole = True
         outputs: Tensor = self.scaling(self.basis(inputs, *arguments, **named))
         return outputs
@@ -346,14 +353,14 @@ def named_pairs(model: nn.Module) -> dict[str, BasisPair]:
 @contextmanager
 def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Note in `BasisPair.whole` how a model that runs inside the ``with`` block uses its pairs."""
-    watched = [pair for pair in modules if isinstance(pair, BasisPair)]
-    for pair in watched:
-        pair._watched, pair.reads = True, 0
+    pairs = [pair for pair in modules if isinstance(pair, BasisPair)]
+    for pair in pairs:
+        pair.watched, pair.reads = True, 0
     try:
         yield
     finally:
-        for pair in watched:
-            pair._watched = False
+        for pair in pairs:
+            pair.watched = False
 
 
 def _set_data(parameter: Tensor, value: Tensor) -> None:

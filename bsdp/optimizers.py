@@ -20,7 +20,7 @@ def adopt_parameters(
     Args:
         optimizers: The optimizers of the model.
         successors: Pairs of (replaced parameter, new trainable parameter). A new parameter that some optimizer holds
-            already is left where it is.
+            already is left where it is; one that replaced several goes to the first of them that is held.
         model: The model as it is now; parameters that are not in it any more leave the optimizers.
 
     Returns:
@@ -28,14 +28,13 @@ def adopt_parameters(
     """
     alive = {id(p) for p in model.parameters()}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    homeless: list[nn.Parameter] = []
+    wanted: dict[int, nn.Parameter] = {}
     for old, new in successors:
         if id(new) in held or not new.requires_grad:
             continue
         group = next((g for o in optimizers for g in o.param_groups if any(p is old for p in g["params"])), None)
-        if group is None:
-            homeless.append(new)
-        else:
+        wanted[id(new)] = new
+        if group is not None:
             group["params"].append(new)
             held.add(id(new))
     for optimizer in optimizers:
@@ -43,4 +42,4 @@ def adopt_parameters(
             for orphan in [p for p in group["params"] if id(p) not in alive]:
                 optimizer.state.pop(orphan, None)
             group["params"] = [p for p in group["params"] if id(p) in alive]
-    return homeless
+    return [new for new in wanted.values() if id(new) not in held]

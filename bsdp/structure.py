@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
 from bsdp.fitting import check_names, check_values, expected_state, meta_layer
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs
+from bsdp.layers import BasisPair, named_pairs, plain_type
 from bsdp.reading import read_pickled, shown
 from bsdp.surgery import module_names, move_hooks, replace_modules
 
@@ -21,10 +21,11 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     """Describe which layers are pairs and at which rank, as values that JSON and ``weights_only=True`` can hold.
 
     Returns:
-        ``{"version": 1, "pairs": {name: {"rank": int}}}`` with every name of a pair that has several.
+        ``{"version": 1, "pairs": {name: {"rank": int}}}`` with every name of a pair that has several; ``"whole": True``
+        stands beside the rank of pairs that must stay one layer.
     """
     pairs = {
-        name: {"rank": module.rank}
+        name: {"rank": module.rank, "whole": True} if module.whole else {"rank": module.rank}
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BasisPair)
     }
@@ -68,6 +69,12 @@ def rebuild(
     for pair, rank in ranks.items():
         if isinstance(pair, BasisPair) and pair.rank != rank:
             pair.resize(rank)
+    for name, pair in named_pairs(model).items():
+        pair.whole = structure["pairs"].get(name, {}).get("whole") is True
+
+
+def _can_be_pair(module: nn.Module) -> bool:
+    return isinstance(module, BasisPair) or plain_type(type(module)) is not None
 
 
 def check_state(
@@ -119,7 +126,7 @@ def _checked_ranks(model: nn.Module, pairs: Mapping[str, int]) -> dict[nn.Module
     ranks: dict[nn.Module, int] = {}
     for name, rank in pairs.items():
         module = modules.get(name)
-        if module is None or type(module) not in (BasisPair, *SUPPORTED_TYPES) or module in inside:
+        if module is None or not _can_be_pair(module) or module in inside:
             found = "no such layer" if module is None or module in inside else f"a {type(module).__name__} there"
             raise ValueError(
                 f"the saved structure has a pair at {shown(name)}, but the model has {found}: "

@@ -95,6 +95,8 @@ class BasisDecomposition(Callback):
             self.decomposition = decompose(target, include=include, exclude=self.exclude)
             if not self.decomposition.replaced:
                 raise ValueError(f"`BasisDecomposition` could decompose no layer. {self.decomposition}")
+            for _, pair in self.decomposition.replaced.values():
+                pair.watched = True  # until costs are measured: some models read a weight in the very first pass only
         self._freeze(pl_module, target, head)
         if stage == "fit":
             self._report(pl_module)
@@ -201,9 +203,9 @@ class BasisDecomposition(Callback):
             return []
         successors: list[tuple[Tensor, nn.Parameter]] = []
         for old, pair in self.decomposition.replaced.values():
-            assert isinstance(old.weight, Tensor)
-            successors.append((old.weight, pair.scaling.delta))
-            successors.append((old.bias if isinstance(old.bias, Tensor) else old.weight, pair.scaling.bias))
+            others = [parameter for parameter in old.parameters() if parameter is not old.bias]
+            successors += [(parameter, pair.scaling.delta) for parameter in others]  # several, if parametrized
+            successors.append((old.bias if isinstance(old.bias, Tensor) else others[0], pair.scaling.bias))
         return successors
 
     def _report(self, pl_module: LightningModule) -> None:

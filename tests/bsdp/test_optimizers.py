@@ -58,3 +58,11 @@ def test_frozen_successors_are_not_adopted() -> None:
     adopt_parameters([optimizer], pairs, model)
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert not held & {id(new) for _, new in pairs}
+
+
+def test_a_parameter_that_replaced_several_goes_where_one_of_them_was() -> None:
+    model, gone, old = nn.Linear(2, 2), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    new = model.weight
+    optimizer = torch.optim.SGD([old], lr=0.1)
+    assert adopt_parameters([optimizer], [(gone, new), (old, new)], model) == []
+    assert optimizer.param_groups[0]["params"] == [new]

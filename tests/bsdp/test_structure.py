@@ -124,12 +124,19 @@ def test_a_pair_that_the_structure_does_not_have_is_refused() -> None:
     assert_same_state(net, before)
 
 
-def test_a_subclass_of_a_layer_is_not_rebuilt() -> None:
-    class OwnConv(nn.Conv2d):
-        pass
+def test_pairs_that_must_stay_one_layer_are_remembered() -> None:
+    net = decomposed(make_net("conv"))
+    named_pairs(net)["conv2"].whole = True
+    structure = bsdp.structure_of(net)
+    assert structure["pairs"]["conv2"] == {"rank": named_pairs(net)["conv2"].rank, "whole": True}
+    rebuilt = make_net("conv")
+    bsdp.rebuild(rebuilt, structure)
+    assert {name: pair.whole for name, pair in named_pairs(rebuilt).items()} == {"conv1": False, "conv2": True}
 
-    net = nn.Sequential(OwnConv(8, 8, 3))
-    with pytest.raises(ValueError, match="the model has a OwnConv there"):
+
+def test_a_layer_that_has_no_pair_is_not_rebuilt() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match="the model has a BatchNorm2d there"):
         bsdp.rebuild(net, {"version": 1, "pairs": {"0": {"rank": 2}}})
 
 
