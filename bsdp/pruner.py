@@ -241,9 +241,12 @@ class IterativePruner:
     _last_value: float | None = None
 
     def observe(self, value: float) -> None:
-        """Take the monitored value of a validation of the present structure; NaN and infinity do not count."""
+        """Take the monitored value of a validation of the present structure.
+
+        NaN and infinity do not count, nor does any value of a model with such weights: it may still guess one class.
+        """
         value = float(value)
-        if not math.isfinite(value):
+        if not math.isfinite(value) or not self._is_sound():
             return
         self._last_value = value
         last = self.record.rounds[-1]
@@ -281,15 +284,21 @@ class IterativePruner:
     def restore(self, *, optimizers: Iterable[Optimizer] = ()) -> RoundRecord:
         """Put the smallest model that met the tolerance back, whatever was tried later.
 
+        A model whose weights have become NaN or infinite gives way to the last sound one in any case.
+
         Returns:
             The round the model now has.
         """
         state, index = None, len(self.record.rounds) - 1
         newest = self.candidate is not None and self.candidate["round"] == self.record.rounds[-1].round
-        if self.candidate is not None and (newest or self.settings.tolerance is not None):
+        broken = not self._is_sound()
+        if self.candidate is not None and (newest or broken or self.settings.tolerance is not None):
             state, index = self.candidate["state"], self.candidate["round"]
-        elif self.settings.tolerance is not None and self.record.reference_state is not None:
+        elif (broken or self.settings.tolerance is not None) and self.record.reference_state is not None:
             state, index = self.record.reference_state, 0
+        if broken:
+            left = f"the model of round {index} is taken" if state is not None else "no validation saw a sound model"
+            warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
         if state is not None:
             self.model.load_state_dict(state)
             for optimizer in optimizers:
@@ -349,6 +358,9 @@ class IterativePruner:
 
     def _better(self, value: float, other: float) -> bool:
         return value > other if self.settings.mode == "max" else value < other
+
+    def _is_sound(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
     def _state(self) -> dict[str, Tensor]:
         return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}

@@ -286,7 +286,7 @@ class IterativeBasisPruning(Callback):
             )
         params = self.record.kept(chosen, "params")
         assert params is not None
-        if chosen.round == 0 and len(self.record.rounds) > 1:
+        if chosen.round == 0 and len(self.record.rounds) > 1 and self.settings.tolerance is not None:
             rank_zero_warn(
                 f"no pruned model was within `tolerance={self.settings.tolerance}` of the reference "
                 f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more "
