@@ -20,6 +20,7 @@ from bsdp.layers import named_pairs, watching
 from bsdp.probing import evaluating
 from bsdp.reading import shown
 from bsdp.structure import STRUCTURE_VERSION, read_checkpoint, rebuild, rebuild_for
+from bsdp.surgery import load_tensors
 from bsdp.weight_files import no_weight_files
 
 CONFIG_FILE = "config.yaml"
@@ -186,7 +187,7 @@ def _from_checkpoint(path: Path) -> Artifact:
     network = backbone.network.eval()
     module = nn.ModuleDict({_PREFIX.removesuffix("."): network})
     rebuild_for(module, checkpoint, source=path)
-    module.load_state_dict(state)
+    load_tensors(module, state)
     metadata |= _facts_of_run(path, metadata)
     shape, metadata = _image_facts(metadata, _seen_shape(checkpoint), backbone)
     with suppress(Exception), evaluating(network), watching(named_pairs(network).values()):

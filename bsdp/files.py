@@ -16,7 +16,7 @@ from bsdp.fitting import check_names_and_shapes, check_values, expected_state, m
 from bsdp.folding import empty_folded, fold_pair, unfold_into
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs, plain_type
 from bsdp.reading import open_safetensors, parse_json, shown, tensors_of
-from bsdp.surgery import module_names
+from bsdp.surgery import load_tensors, module_names
 
 FORMAT_VERSION = 1
 _KINDS = ("pair", "fused", "plain")
@@ -136,7 +136,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         tensors = tensors_of(file, path)
     check_values(expected, tensors, path=path)
     unfold_into(model, plan)
-    model.load_state_dict(tensors)
+    load_tensors(model, tensors)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from bsdp.pruning import drop_stale_optimizer_state, prune
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.schedules import SCHEDULES, kept_share
 from bsdp.selection import RANKINGS, select
+from bsdp.surgery import load_tensors
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ class IterativePruner:
             left = f"the model of round {index} is taken" if state is not None else "no validation saw a sound model"
             warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
         if state is not None:
-            self.model.load_state_dict(state)
+            load_tensors(self.model, state)
             for optimizer in optimizers:
                 drop_stale_optimizer_state(optimizer)
         self.finish(index)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -67,3 +68,18 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something runs before the module's forward, as weight norm of the old style does."""
     return bool(module._forward_pre_hooks)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Load tensors that this code's own modules wrote.
+
+    A plain mapping has lost the version of every module, without which some take it for one of their oldest formats.
+
+    Args:
+        model: The model, changed in place.
+        tensors: Values by name.
+        strict: As in ``load_state_dict``.
+    """
+    state: Any = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=strict)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bsdp.fitting import check_tensor, is_ordinary
 from bsdp.reading import open_safetensors, parse_json, read_pickled, tensors_of
+from bsdp.surgery import load_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -162,4 +163,4 @@ def load_state(network: nn.Module, file: WeightFile, *, spec: str, may_lack: str
         )
     for key, value in state.items():
         check_tensor(key, value, own[key], path=f"`weights`: {file.path}")
-    network.load_state_dict(state, strict=False)
+    load_tensors(network, state, strict=False)

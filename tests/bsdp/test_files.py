@@ -311,3 +311,24 @@ def test_the_check_before_loading_takes_no_random_numbers_and_leaves_dtype_to_th
     loaded = bsdp.load(fresh, path)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+
+
+class Versioned(nn.Module):
+    """Reads files of its oldest format, which name no version, in another way, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 2)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_a_module_that_asks_for_its_version_is_told(tmp_path: Path) -> None:
+    net = decomposed(Versioned())
+    loaded = bsdp.load(Versioned(), bsdp.save(net, tmp_path / "net.safetensors"))
+    assert torch.equal(loaded.head.weight, net.head.weight)
