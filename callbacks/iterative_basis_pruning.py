@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -17,6 +15,7 @@ import bsdp
 from bsdp._checks import check_at_least
 from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
 from bsdp.callbacks._measuring import measure_module_cost, measure_on_batch, only_network
+from bsdp.callbacks._monitoring import is_watched, log_around_cut, monitored_value
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._random_states import random_states, restore_random_states
@@ -29,9 +28,6 @@ from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_shar
 from bsdp.record import PruningRecord
 from bsdp.structure import structure_of
 
-_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
-_UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
-
 
 class IterativeBasisPruning(Callback):
     """Prune a decomposed module (see `BasisDecomposition`) while it trains, down to a budget or a tolerance.
@@ -40,6 +36,11 @@ class IterativeBasisPruning(Callback):
     the whole model are removed, then the rest trains on. Pruning ends at the budget, or when the monitored value stays
     more than `tolerance` below the best value of the warm-up. The module then holds, and ``pruned.ckpt`` and
     ``pruned.safetensors`` in the run folder contain, the smallest model that met the tolerance.
+
+    A step with a NaN or infinite gradient in any layer (in any process of a distributed run) counts for nothing, so one
+    bad minibatch leaves the scores of the others alone. A round without sound scores is skipped with a warning, and the
+    next one catches up. A model whose weights are NaN is never chosen. Scores are taken before gradient clipping, but
+    in manual optimization after whatever the module does to its gradients before ``optimizer.step()``.
 
     Logged at every epoch:
 
@@ -175,8 +176,7 @@ class IterativeBasisPruning(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
-        if self.settings.tolerance is not None:
-            self._monitored(trainer)
+        monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the rounds into the epochs and check the optimizers, before the first step."""
@@ -215,9 +215,7 @@ class IterativeBasisPruning(Callback):
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
         self._detach()
-        batches = trainer.num_training_batches
-        stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
-        if (self.settings.mean_to_bias or self.settings.importance == "energy") and batch_idx % stride == 0:
+        if (self.settings.mean_to_bias or self.settings.importance == "energy") and is_watched(trainer, batch_idx):
             self._watching.enter_context(pruner.statistics.collecting())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -236,20 +234,14 @@ class IterativeBasisPruning(Callback):
             return
         pruner = self._pruner()
         self._agree(trainer)
-        value = self._monitored(trainer)
+        value = monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None)
         if value is None:
             return
-        if trainer.world_size > 1:  # all processes must take the same decisions
-            value = float(mean_over_processes(trainer, torch.tensor(value, device=pl_module.device)))
         first = self.record.rounds[-1].accuracy_after is None
         pruner.observe(value)
         last = self.record.rounds[-1]
         if first and last.accuracy_after is not None and last.round > 0:
-            values = {"bsdp/accuracy_after": value}
-            if last.accuracy_before is not None:
-                values["bsdp/accuracy_before"] = last.accuracy_before
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            log_around_cut(trainer, self.record)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the structure, and stop when too many rounds ended below the tolerance."""
@@ -348,19 +340,6 @@ class IterativeBasisPruning(Callback):
             f"bsdp: with rank {self.settings.min_rank} in every decomposed layer, {share:.1%} of the "
             f"{self.settings.target_kind} would be gone: no target goes beyond"
         )
-
-    def _monitored(self, trainer: Trainer) -> float | None:
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            if self.settings.tolerance is None:
-                return None
-            logged = sorted(k for k in trainer.callback_metrics if not k.startswith("bsdp/"))
-            raise ValueError(
-                f"`IterativeBasisPruning(monitor={self.monitor!r})` is never logged in validation; logged are "
-                f"{logged}. Name one of them (with the matching `mode`), log it in `validation_step`, or set "
-                "`tolerance: null`."
-            )
-        return float(value)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""

@@ -1,0 +1,55 @@
+"""What a pruning callback reads from a trainer while it trains, and what it logs at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from lightning.pytorch import Trainer
+
+from bsdp.callbacks._processes import mean_over_processes
+from bsdp.record import PruningRecord
+
+_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
+_UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
+
+
+def is_watched(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the features of a batch enter the statistics."""
+    batches = trainer.num_training_batches
+    stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
+    return batch_idx % stride == 0
+
+
+def monitored_value(trainer: Trainer, monitor: str, *, needed: bool) -> float | None:
+    """The logged value of the monitored metric, averaged over all processes, which must take the same decisions.
+
+    Args:
+        trainer: The trainer, after a validation.
+        monitor: Name of the metric.
+        needed: Whether it has to be there.
+
+    Raises:
+        ValueError: If it is needed and was not logged.
+    """
+    value = trainer.callback_metrics.get(monitor)
+    if value is not None:
+        tensor = torch.as_tensor(float(value), device=trainer.strategy.root_device)
+        return float(mean_over_processes(trainer, tensor)) if trainer.world_size > 1 else float(value)
+    if needed:
+        logged = sorted(k for k in trainer.callback_metrics if not k.startswith("bsdp/"))
+        raise ValueError(
+            f"`IterativeBasisPruning(monitor={monitor!r})` is never logged in validation; logged are "
+            f"{logged}. Name one of them (with the matching `mode`), log it in `validation_step`, or set "
+            "`tolerance: null`."
+        )
+    return None
+
+
+def log_around_cut(trainer: Trainer, record: PruningRecord) -> None:
+    """Log the monitored value before and after the newest cut, once the latter is known."""
+    last = record.rounds[-1]
+    values = {"bsdp/accuracy_before": last.accuracy_before, "bsdp/accuracy_after": last.accuracy_after}
+    known = {key: value for key, value in values.items() if value is not None}
+    for logger in trainer.loggers:
+        logger.log_metrics(known, step=trainer.global_step)
