@@ -243,3 +243,36 @@ def test_debug_shows_the_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("BSDP_DEBUG", "1")
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         cli.main(["describe", "gone"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:no pruned model was within")
+def test_a_run_from_training_to_onnx(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    from bsdp.datamodules import DigitsDataModule
+
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.max_epochs=4", "--trainer.accelerator=cpu", "--data.image_size=8", "--model.weights=none"]
+    callbacks = ["BasisDecomposition", "IterativeBasisPruning"]
+    words = [f"--trainer.callbacks+=bsdp.callbacks.{name}" for name in callbacks]
+    words += [f"--trainer.callbacks.{key}" for key in ("target=0.5", "warmup_epochs=1", "tolerance=null")]
+    assert cli.main(["fit", "--data=bsdp.datamodules.DigitsDataModule", *options, *words]) == 0
+    run = tmp_path / "logs" / "run" / "version_0"
+    text = done(capsys, "export", "--ckpt", run, "--format", "onnx", "--dynamic-batch")
+    assert "images 3x8x8" in text and "batch norms folded" in text
+
+    session = onnxruntime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
+    facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    data = DigitsDataModule(image_size=8, normalization={key: facts[key] for key in ("mean", "std")})
+    data.setup("test")
+    task = TransferTask.load_from_checkpoint(run / "pruned.ckpt").eval()
+    for images, _ in data.test_dataloader():
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(found, task(images), rtol=1e-3, atol=1e-3)
+    assert facts["class_names"] == [str(digit) for digit in range(10)]
+    assert "speed-up / MAC reduction" in done(capsys, "benchmark", "--ckpt", run, "--batch-size", 1, "--repeats", 1)
+    assert done(capsys, "describe", run).count("pair") > 5

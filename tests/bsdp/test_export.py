@@ -84,6 +84,7 @@ def test_program_gives_the_outputs_of_the_model(tmp_path: Path, channels_last: b
     program = torch.export.load(path, extra_files=extra)
 
     assert json.loads(extra["bsdp.json"]) == METADATA and list(report.differences) == [1, 3]
+    assert program.example_inputs is None  # would be as large as the images
     batch = images(4)
     torch.testing.assert_close(program.module()(batch), net(batch), rtol=1e-4, atol=1e-5)
     weights = [value for value in program.state_dict.values() if value.dim() == 4 and value.shape[2] == 3]
@@ -222,3 +223,23 @@ def test_the_model_is_left_alone(tmp_path: Path) -> None:
     assert all(child.training for child in net.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert net.conv1.basis.weight.is_contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "squeezenet1_0", "densenet121", "efficientnet_b0", "googlenet", "swin_t", "convnext_tiny"]
+)
+def test_pruned_models_of_torchvision(tmp_path: Path, name: str) -> None:
+    from bsdp.backbones import build_backbone
+
+    net = build_backbone(f"torchvision:{name}", num_classes=5, weights="none").network.eval()
+    image = torch.randn(1, 3, 64, 64)
+    bsdp.decompose(net, example_input=image)
+    for pair in bsdp.named_pairs(net).values():
+        local = torch.arange(max(1, pair.rank // 3))
+        pair.keep(torch.cat([local + group * pair.rank for group in range(pair.groups)]))
+    for kind in ("onnx", "pt2"):
+        report = bsdp.export(net, tmp_path / f"net.{kind}", image, dynamic_batch=True)
+        assert list(report.differences) == [1, 3]
+    if name in ("mobilenet_v2", "efficientnet_b0", "googlenet"):
+        assert report.batch_norms.folded and not report.batch_norms.kept
