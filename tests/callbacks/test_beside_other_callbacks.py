@@ -121,7 +121,7 @@ def test_tuner_and_then_a_fit(tmp_path: Path) -> None:
     pruning, watch = IterativeBasisPruning(target=0.5, rounds=2, tolerance=0.9), Watch()
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(metric="activation"), watch], max_epochs=4)
     tuner = Tuner(trainer)
-    tuner.scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=2, init_val=16)
+    tuner.scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=2, init_val=4)
     found = tuner.lr_find(module, datamodule=data, num_training=20, min_lr=0.1, max_lr=0.3, update_attr=True)
     assert found is not None and module.lr != 0.2
     assert ranks(module) == [9, 24]
