@@ -64,6 +64,10 @@ class LayerCost:
         """Whether removing bases can pay: not in a layer that must stay whole or is never called."""
         return not self.whole and self.positions != 0
 
+    def smallest_rank(self, min_rank: int = 1) -> int:
+        """The least rank that cuts can leave when every layer keeps `min_rank`."""
+        return min(min_rank, self.full_rank) if self.cuttable else self.full_rank
+
     @property
     def fused(self) -> int:
         """Weights of the original layer, without its bias."""
@@ -190,6 +194,6 @@ class ModelCost:
             layer.deployed(ranks[name], kind=kind, new_bias=self.new_bias) for name, layer in self.layers.items()
         )
 
-    def kept_at_rank_one(self, kind: str = "params") -> float:
-        """The smallest share any plan can keep: every layer at rank 1."""
-        return self.deployed(dict.fromkeys(self.layers, 1), kind) / self.original(kind)
+    def smallest(self, kind: str = "params", *, min_rank: int = 1) -> int:
+        """The least cost that any plan can leave."""
+        return self.deployed({name: layer.smallest_rank(min_rank) for name, layer in self.layers.items()}, kind)

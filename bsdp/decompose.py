@@ -120,6 +120,7 @@ def decompose(
             replacements[layer] = pair_from_layer(plain, metric=metric, moment=moment)
         except ValueError as error:
             raise ValueError(f"layer {layer_names[0]!r} {tuple(weight_of(layer).shape)}: {error}") from error
+    skipped.update(_foreign_layers(names))
     replaced = _swap(model, replacements)
     if example_input is not None:
         for name in _put_back_whole(model, replacements, example_input):
@@ -211,6 +212,23 @@ def _reason_to_skip(
     if cost.largest_useful_rank < 1:
         return "no rank would make it smaller"
     return None
+
+
+def _foreign_layers(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
+    """Convolution and linear layers that are no modules of those types any more."""
+    reasons: dict[str, str] = {}
+    for module, module_names_ in names.items():
+        kind = getattr(module, "original_name", type(module).__name__)
+        if not kind.startswith(("Conv", "Linear")) or kind.endswith("PackedParams"):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "it is scripted: decompose the model before `torch.jit.script`"
+        elif ".quantized." in type(module).__module__:
+            reason = "it is quantised: decompose the model before quantising it"
+        else:
+            continue
+        reasons.update(dict.fromkeys(module_names_, reason))
+    return reasons
 
 
 def _parameter_owners(names: Mapping[nn.Module, list[str]]) -> dict[int, int]:

@@ -85,8 +85,8 @@ class PruningSettings:
 
 def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:
     """What would be gone with `min_rank` in every layer: the ceiling of any target."""
-    ranks = {name: min(settings.min_rank, layer.full_rank) for name, layer in cost.layers.items()}
-    return 1.0 - cost.deployed(ranks, settings.target_kind) / cost.original(settings.target_kind)
+    kind = settings.target_kind
+    return 1.0 - cost.smallest(kind, min_rank=settings.min_rank) / cost.original(kind)
 
 
 def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:

@@ -1,5 +1,7 @@
 """Costs by rank: the pair, the fused layer and the cheaper of the two."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,8 +110,19 @@ def test_model_cost_adds_layers_and_the_rest() -> None:
     assert cost.deployed(ranks) == 100 + 2 * 88 + 16 + 3 * 32 + 16
     assert cost.deployed(ranks, "macs") == 1000 + 4 * 2 * 88 + 9 * 3 * 32
     assert cost.deployed(ranks, "bases") == 5
-    assert cost.kept_at_rank_one("bases") == 2 / 32
-    assert cost.kept_at_rank_one() == (100 + 88 + 16 + 32 + 16) / cost.original()
+    assert cost.smallest("bases") == 2
+    assert cost.smallest() == 100 + 88 + 16 + 32 + 16
+    assert cost.smallest(min_rank=2) == 100 + 2 * 88 + 16 + 2 * 32 + 16
+
+
+def test_a_layer_that_is_never_called_or_must_stay_whole_cannot_get_smaller() -> None:
+    free = conv_cost(16, 16, 1, bias=False, positions=4)
+    for kept in (replace(free, positions=0), replace(free, whole=True)):
+        cost = ModelCost({"free": free, "kept": kept}, fixed_macs=0)
+        assert cost.smallest("bases") == 1 + 16
+        assert cost.smallest() == 32 + 16 + 256
+        assert not kept.cuttable
+    assert replace(free, whole=True).kind(1) == "fused"
 
 
 def test_model_cost_without_new_bias() -> None:

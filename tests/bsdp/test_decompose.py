@@ -199,6 +199,24 @@ def test_a_pattern_that_matches_nothing_is_refused_and_the_model_untouched(argum
     assert not named_pairs(net)
 
 
+def test_scripted_and_quantised_layers_are_left_alone_with_the_reason() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both ways are deprecated
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})
+        static = torch.ao.nn.quantized.Conv2d(3, 8, 3)
+    model = nn.Sequential(scripted, quantised, static, nn.Linear(8, 8), nn.Linear(8, 2))
+    done = bsdp.decompose(model)
+    assert list(done.replaced) == ["3"]
+    reasons = {name: reason.partition(":")[0] for name, reason in done.skipped.items()}
+    assert reasons == {
+        "0.0": "it is scripted",
+        "1.0": "it is quantised",
+        "2": "it is quantised",
+        "4": "it is the head (the last layer of the model); name it in `include` to decompose it",
+    }
+
+
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_single_string_is_refused_as_patterns(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` must be a list"):
