@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 import tempfile
@@ -21,15 +20,12 @@ from bsdp._checks import check_choice
 from bsdp._compare import Difference, largest_difference, tensors_of, tolerance_for
 from bsdp.batch_norm_folding import BatchNormFolding, fold_batch_norm
 from bsdp.folding import fold
+from bsdp.onnx_files import Runner, onnx_runner, require_onnx, write_onnx
 from bsdp.probing import as_inputs, evaluating
 from bsdp.reading import reason_of
 
 EXPORT_FORMATS = ("onnx", "pt2")
 METADATA_FILE = "bsdp.json"
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_ONNX_LIMIT = 2**31 - 2**20  # a protobuf holds 2 GiB, and the graph needs some of it
-
-Runner = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def export(
     if channels_last and format != "pt2":
         raise ValueError("`channels_last` is a memory layout of torch; ONNX files have none: leave it out.")
     if format == "onnx":
-        _require_onnx()
+        require_onnx()
     facts = {key: json.dumps(value, allow_nan=False) for key, value in (metadata or {}).items()}
     refuse_existing(path, force=force)
     inputs = as_inputs(example_input)
@@ -121,7 +117,7 @@ def export(
         program = _traced(plain, inputs, dynamic_batch=dynamic_batch)
         with written_beside(path, suffix=f".{format}") as partial:
             if format == "onnx":
-                _write_onnx(program, partial, facts, dynamic_batch=dynamic_batch)
+                write_onnx(program, partial, facts, dynamic_batch=dynamic_batch)
             else:
                 torch.export.save(program, partial, extra_files={METADATA_FILE: json.dumps(dict(metadata or {}))})
             sizes = [1, 3] if dynamic_batch else [_batch_size(inputs)]
@@ -150,16 +146,6 @@ def written_beside(path: Path, *, suffix: str) -> Iterator[Path]:
         partial = Path(folder) / f"{path.stem}{suffix}"
         yield partial
         os.replace(partial, path)
-
-
-def _require_onnx() -> None:
-    try:
-        for name in _ONNX_PACKAGES:
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"`format='onnx'` needs the packages {', '.join(_ONNX_PACKAGES)} ({error}): pip install 'bsdp[export]'."
-        ) from error
 
 
 def _runnable(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
@@ -196,59 +182,11 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool) -
     return program
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, str], *, dynamic_batch: bool
-) -> None:
-    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
-    if size > _ONNX_LIMIT:
-        raise ValueError(f"the weights have {size:,} bytes, but an ONNX file holds 2 GiB: use the format pt2.")
-    inputs, outputs = _names(program)
-    try:
-        exported = torch.onnx.export(
-            program,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=tuple({0: "batch"} for _ in inputs) if dynamic_batch else None,
-            dynamo=True,
-            verbose=False,
-        )
-    except Exception as error:  # an operator without a translation, most of all
-        raise ValueError(f"torch.onnx cannot translate the model ({reason_of(error)}); use the format pt2.") from error
-    assert exported is not None
-    for node in exported.model.graph.all_nodes():
-        node.metadata_props.clear()
-    exported.model.metadata_props.update(facts)
-    exported.save(path, external_data=False)
-
-
-def _names(program: torch.export.ExportedProgram) -> tuple[list[str], list[str]]:
-    """``images`` and ``logits`` where there is one of them, else numbered names."""
-    counts = len(program.graph_signature.user_inputs), len(program.graph_signature.user_outputs)
-    inputs, outputs = (
-        [single] if count == 1 else [f"{many}_{i}" for i in range(count)]
-        for single, many, count in zip(("images", "logits"), ("input", "output"), counts, strict=True)
-    )
-    return inputs, outputs
-
-
-def _onnx_runner(path: Path) -> Runner:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        found = session.run(None, {name: value.cpu().numpy() for name, value in zip(names, inputs, strict=True)})
-        return [torch.from_numpy(value) for value in found]
-
-    return run
-
-
 def _pt2_runner(path: Path) -> Runner:
     return torch.export.load(path).module()
 
 
-_READERS: dict[str, Callable[[Path], Runner]] = {"onnx": _onnx_runner, "pt2": _pt2_runner}
+_READERS: dict[str, Callable[[Path], Runner]] = {"onnx": onnx_runner, "pt2": _pt2_runner}
 
 
 def _checked(model: nn.Module, run: Runner, inputs: tuple[Any, ...], sizes: list[int]) -> dict[int, Difference]:

@@ -211,7 +211,7 @@ def test_refusals(tmp_path: Path, model: nn.Module, options: dict[str, Any], wor
 
 
 def test_onnx_beyond_two_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ONNX_LIMIT", 1000)
+    monkeypatch.setattr("bsdp.onnx_files._ONNX_LIMIT", 1000)
     with pytest.raises(ValueError, match="bytes, but an ONNX file holds 2 GiB: use the format pt2"):
         bsdp.export(small_net(), tmp_path / "net.onnx", images())
 
