@@ -119,17 +119,21 @@ def kill(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def test_killed_processes(tmp_path: Path, reference: Reference) -> None:
-    kills = {
-        "step": words_of(StopAt, hook="on_after_backward", epoch=3, kill=True),
-        "last": words_of(StopInWrite, file="last.ckpt", epoch=2, when="during", kill=True),
-        "pruned": words_of(StopInWrite, file="pruned.ckpt", epoch=5, when="during", kill=True),
-    }
+KILLS = {
+    "step": words_of(StopAt, hook="on_after_backward", epoch=3, kill=True),
+    "last": words_of(StopInWrite, file="last.ckpt", epoch=2, when="during", kill=True),
+    "pruned": words_of(StopInWrite, file="pruned.ckpt", epoch=5, when="during", kill=True),
+    "weights": words_of(StopInWrite, file="pruned.safetensors", epoch=5, when="before", kill=True),
+}
+
+
+@pytest.mark.parametrize("names", [("step", "last"), pytest.param(("pruned", "weights"), marks=pytest.mark.slow)])
+def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str, ...]) -> None:
     runs = {}
-    for name, words in kills.items():
+    for name in names:
         (tmp_path / name).mkdir()
         write_configuration(tmp_path / name)
-        runs[name] = kill(tmp_path / name, *words)
+        runs[name] = kill(tmp_path / name, *KILLS[name])
     for name, process in runs.items():
         assert process.wait(timeout=300) == -signal.SIGKILL, name
         run = run_of(tmp_path / name)
@@ -146,8 +150,12 @@ def test_killed_processes(tmp_path: Path, reference: Reference) -> None:
         pytest.param(["--data.num_workers=2"], {}, [MOMENTS[0], MOMENTS[2]], id="workers"),
         pytest.param(["--model.schedule=plateau"], {}, [("on_train_epoch_start", 2, None)], id="plateau"),
         pytest.param([], {"val_check_interval": 0.5}, [("on_train_batch_end", 2, 2), MOMENTS[4]], id="validations"),
-        pytest.param([], {"check_val_every_n_epoch": 2}, [MOMENTS[1], MOMENTS[5]], id="rare validations"),
-        pytest.param([], {"accumulate_grad_batches": 3}, [MOMENTS[0], MOMENTS[3]], id="accumulation"),
+        pytest.param(
+            [], {"check_val_every_n_epoch": 2}, [MOMENTS[1], MOMENTS[5]], id="rare validations", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            [], {"accumulate_grad_batches": 3}, [MOMENTS[0], MOMENTS[3]], id="accumulation", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_settings(
@@ -165,7 +173,9 @@ def test_settings(
     assert_resumes_exactly(tmp_path, stops, expected, *words)
 
 
-@pytest.mark.parametrize("step", [6, 9, 12])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow), 12]
+)
 def test_checkpoint_of_any_step(tmp_path: Path, reference: Reference, step: int) -> None:
     write_configuration(tmp_path)
     every = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3, "save_top_k": -1}}
@@ -176,3 +186,41 @@ def test_checkpoint_of_any_step(tmp_path: Path, reference: Reference, step: int)
     shutil.copy(checkpoint, run / "checkpoints" / "any.ckpt")
     assert fit(tmp_path, *words, "--ckpt_path", str(run / "checkpoints" / "any.ckpt")) == 0
     assert differences(reference(), outcome(run)) == []
+
+
+def test_finished_runs_can_be_resumed(tmp_path: Path, reference: Reference) -> None:
+    plateau = "--model.schedule=plateau"
+    write_configuration(tmp_path)
+    assert fit(tmp_path, plateau) == 0
+    run = run_of(tmp_path)
+    (run / "summary.json").unlink()
+    assert fit(tmp_path, plateau, "--ckpt_path", "last") == 0
+    assert differences(reference(plateau), outcome(run)) == []
+    assert fit(tmp_path, plateau, "--ckpt_path", "last", "--trainer.max_epochs=7") == 0
+    rows = outcome(run)["rows"]
+    assert rows[: len(reference(plateau)["rows"])] == reference(plateau)["rows"]
+    for column in ("val_loss", "train_loss_epoch", "bsdp/params"):
+        assert [row["epoch"] for row in rows if row[column]] == list("0123456")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_backward",
+        "on_before_optimizer_step",
+        "on_before_zero_grad",
+        "on_validation_start",
+        "on_validation_batch_end",
+        "on_validation_end",
+        "on_train_epoch_end",
+    ],
+)
+@pytest.mark.parametrize("interval", [1.0, 0.25])
+def test_one_stop(tmp_path: Path, reference: Reference, hook: str, epoch: int, interval: float) -> None:
+    write_configuration(tmp_path, val_check_interval=interval)
+    stops = [words_of(StopAt, hook=hook, epoch=epoch)]
+    assert_resumes_exactly(tmp_path, stops, reference(val_check_interval=interval))

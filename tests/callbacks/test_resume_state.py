@@ -207,15 +207,17 @@ def test_a_warm_up_that_began_later_still_does_after_a_resume(tmp_path: Path) ->
     plain = make_trainer(tmp_path, [BasisDecomposition()], max_epochs=2)
     plain.fit(module, datamodule=Shuffled())
 
-    def go_on(ckpt: Path, *others: Callback) -> IterativeBasisPruning:
+    def go_on(ckpt: Path, *others: Callback, max_epochs: int = 6) -> IterativeBasisPruning:
         pruning = IterativeBasisPruning(target=0.5, tolerance=0.9)
-        trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), *others], max_epochs=6)
+        trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), *others], max_epochs=max_epochs)
         trainer.fit(Learner(), datamodule=Shuffled(), ckpt_path=ckpt, weights_only=True)
         return pruning
 
     plain.save_checkpoint(tmp_path / "plain.ckpt", weights_only=False)
     with pytest.raises(Stopped):
         go_on(tmp_path / "plain.ckpt", SaveAt("on_train_epoch_end", 3))
+    with pytest.raises(ValueError, match=r"needs 4 epochs .* stops after 3"):
+        go_on(tmp_path / "kept.ckpt", max_epochs=5)
     resumed = go_on(tmp_path / "kept.ckpt")
     assert [r.epoch for r in resumed.record.rounds] == [0, 3, 4, 5]
 
