@@ -95,7 +95,7 @@ def load_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
         UnknownNetworkError: If the file does not say how to build its network.
         ValueError: If the file is damaged or of another kind.
     """
-    if backbones and str(target).partition(":")[0] in FAMILIES and not Path(target).exists():
+    if backbones and str(target).partition(":")[0] in FAMILIES:
         return _from_backbone(str(target))
     path = find_artifact(target, backbones=backbones)
     return _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
@@ -112,9 +112,13 @@ def find_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
         FileNotFoundError: If there is none; the message names the checkpoints that are there.
     """
     path = Path(target).expanduser()
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # for example a name that is too long
+        is_file = is_folder = False
+    if is_file:
         return path
-    if not path.is_dir():
+    if not is_folder:
         names = ", or the name of a backbone such as bsdp:resnet20" if backbones else ""
         raise FileNotFoundError(
             f"there is no file or folder {str(target)!r}: give a run folder, a checkpoint (.ckpt) or a .safetensors "

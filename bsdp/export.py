@@ -141,8 +141,12 @@ def written_beside(path: Path, *, suffix: str) -> Iterator[Path]:
         path: The real path; missing folders are made.
         suffix: Ending of the other one, by which some writers go.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = tempfile.TemporaryDirectory(prefix=f".{path.stem[:32]}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"`output`: cannot write to the folder {str(path.parent)!r} ({reason_of(error)}).") from error
+    with holder as folder:
         partial = Path(folder) / f"{path.stem}{suffix}"
         yield partial
         os.replace(partial, path)

@@ -151,6 +151,7 @@ def test_a_file_that_fails_the_check_is_not_kept(
         (["--format", "pt2", "--image-size", "many"], "image_size"),
         (["--format", "pt2", "--output", "."], "is a folder"),
         (["--format", "pt2", "--outputs", "x"], "outputs"),
+        (["--format", "pt2", "--output", f"{__file__}/x.pt2"], "`output`: cannot write to the folder"),
     ],
 )
 def test_mistakes_of_export(run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -172,6 +173,7 @@ def test_mistaken_sources(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "cannot be read" in refused(capsys, word, "--ckpt", tmp_path / "README.md", *more)
         assert "bsdp.load_checkpoint(module" in refused(capsys, word, "--ckpt", foreign, *more)
     assert "or the name of a backbone" in refused(capsys, "describe", "gone")
+    assert "there is no file or folder" in refused(capsys, "describe", 300 * "x")
     assert "unknown 'bsdp:resnet21'. Near: bsdp:resnet20" in refused(capsys, "describe", "bsdp:resnet21")
     assert "cannot be read" in refused(capsys, "describe", tmp_path / "README.md")
 
