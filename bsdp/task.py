@@ -111,6 +111,13 @@ class TransferTask(LightningModule):
         with no_weight_files():
             return super().load_from_checkpoint(*args, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the structure of a decomposed network where no callback did, as with ``save_weights_only``."""
+        from bsdp.structure import structure_of
+
+        if any(isinstance(module, BasisPair) for module in self.modules()):
+            checkpoint.setdefault("bsdp", structure_of(self))
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the network the structure of the checkpoint, before Lightning loads the weights.
 

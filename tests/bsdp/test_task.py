@@ -314,6 +314,20 @@ def test_checkpoint_loads_without_the_pretrained_file(tmp_path: Path) -> None:
         task(weights=str(weights))
 
 
+def test_checkpoint_with_weights_only_still_tells_the_structure(tmp_path: Path) -> None:
+    module = task()
+    bsdp.decompose(module.network, include=["layer1*"])
+    for pair in bsdp.named_pairs(module).values():
+        pair.keep(torch.arange(2))
+    run = trainer(tmp_path, max_epochs=0)
+    run.fit(module, TinyData())
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)  # what `save_weights_only` of a keeper does
+    loaded = TransferTask.load_from_checkpoint(tmp_path / "weights.ckpt")
+    assert {pair.rank for pair in bsdp.named_pairs(loaded).values()} == {2}
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded.eval()(images), module.eval()(images))
+
+
 def test_checkpoint_keeps_what_the_weight_file_told(tmp_path: Path) -> None:
     known = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     weights = bsdp.save(CifarResNet(3, num_classes=3), tmp_path / "net.safetensors", metadata=known)
