@@ -383,6 +383,8 @@ class IterativeBasisPruning(Callback):
         if self.settings.target_kind == "macs" and self.record.cost.fixed_macs is None:
             return  # only before the very first batch, which measures and comes back here
         self._agree(trainer)
+        if self.record.cost.fixed_macs is None:  # nobody measured, but training has shown which layers must stay whole
+            pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.settings.mean_to_bias))
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
             forget_graphs()

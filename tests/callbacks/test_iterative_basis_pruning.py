@@ -318,6 +318,44 @@ def test_macs_need_an_example_only_when_asked_for(tmp_path: Path) -> None:
     assert pruning.record.input_shapes == [[1, 1, 8, 8]]
 
 
+class Reading(nn.Module):
+    """Uses the weight of its second layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.read, self.head = nn.Linear(64, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+
+    def forward(self, images: Tensor, extra: Tensor) -> Tensor:
+        features = self.first(images.flatten(1) + extra).relu()
+        return self.head(nn.functional.linear(features, self.read.weight, self.read.bias).relu())
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_layer_whose_weight_is_read_stays_whole(tmp_path: Path, measured: bool) -> None:
+    class Module(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Reading()
+
+        def forward(self, images: Tensor) -> Tensor:
+            if not measured and len(images) == 1:
+                raise RuntimeError("no single images")
+            return self.network(images, torch.zeros(1))
+
+    module, pruning = Module(), IterativeBasisPruning(target=0.3, rounds=1, tolerance=None)
+    if measured:
+        fit(module, pruning, tmp_path, max_epochs=2)
+    else:
+        with pytest.warns(UserWarning, match="MACs are not reported"):
+            fit(module, pruning, tmp_path, max_epochs=2)
+    assert pruning.record.rounds[-1].ranks["read"] == 24
+    assert pruning.record.rounds[-1].ranks["first"] < 24
+    loaded = bsdp.load(Reading(), tmp_path / "runs" / "version_0" / "pruned.safetensors")
+    assert isinstance(loaded.read, nn.Linear)
+    images, extra = torch.randn(3, 1, 8, 8), torch.zeros(1)
+    assert torch.allclose(loaded(images, extra), module.network.eval()(images, extra), atol=1e-5)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
