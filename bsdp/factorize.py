@@ -79,12 +79,11 @@ def _gram_factors(matrix: Tensor) -> Factors:
     wide = matrix.shape[1] <= matrix.shape[2]
     values, vectors = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix)
     values, basis = values.flip(1), vectors.flip(2).mT
+    if wide and bool((values[:, -1] > 1e-3 * values[:, 0]).all()):  # well conditioned: orthonormal as it is
+        sigma = values.sqrt()
+        return Factors(basis @ matrix / sigma[:, :, None], vectors.flip(2) * sigma[:, None, :], sigma)
     if wide:
-        basis = basis @ matrix
-        if bool((values[:, -1] > 1e-3 * values[:, 0]).all()):
-            basis = basis / values.sqrt()[:, :, None]  # well conditioned: orthonormal as it is
-        else:
-            basis = torch.linalg.qr(basis.mT).Q.mT
+        basis = torch.linalg.qr((basis @ matrix).mT).Q.mT
     coefficients = matrix @ basis.mT
     sigma, order = torch.linalg.vector_norm(coefficients, dim=1).sort(dim=1, descending=True, stable=True)
     basis = basis.gather(1, order[:, :, None].expand_as(basis))

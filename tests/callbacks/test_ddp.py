@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,22 @@ def results(folder: Path) -> Results:
     """What both processes saw of every scenario."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "tests.helpers.ddp_run", str(folder), *SCENARIOS]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=600)
+        finally:
+            with suppress(ProcessLookupError):  # both processes: one that hangs must not outlive the test
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, log.read_text()[-9000:]
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)] for name in SCENARIOS
     }
