@@ -49,7 +49,7 @@ def torchvision_cases() -> Iterator[Case]:
             "torchvision detection", name, partial(Detector, name), _image_list, partial(_image_list, targets=True)
         )
     for name in zoo.list_models(module=zoo.video):
-        size, frames = (64, 8) if name.endswith("_18") else (224 if name.startswith("mvit") else 112, 16)
+        size, frames = (64, 8) if name.endswith("_18") else (224 if name.startswith(("mvit", "s3d")) else 112, 16)
         yield _torchvision_case("video", name, partial(_clips, size, frames))
 
 
