@@ -42,7 +42,7 @@ def export(
             ``safetensors`` (for `bsdp.load`).
         output: File to write. Default: ``model.onnx`` (``.pt2``, ``.safetensors``) beside the checkpoint.
         image_size: Height and width of the images. Default: those of the run.
-        dynamic_batch: Let the batch be of any size; else it is one image.
+        dynamic_batch: Let the batch be of any size; else it is one image (onnx and pt2; safetensors has no batch).
         channels_last: Store the weights of a pt2 program with channels last.
         check: Run the written file on random images and compare it with PyTorch (onnx: with onnxruntime). A file whose
             outputs differ by more than rounding is not kept. ``--check false`` leaves it out.

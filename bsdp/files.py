@@ -62,6 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(unique, partial, metadata={"bsdp": json.dumps(header), "format": "pt"})
+        partial.chmod(0o666 & ~_umask())  # the library makes files that nobody else can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -81,6 +82,12 @@ def _plan_of(model: nn.Module, folded: Mapping[nn.Module, nn.Module]) -> dict[st
             continue
         plan.update({name: entry for name in names})
     return plan
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -150,9 +157,9 @@ def _checked_plan(model: nn.Module, plan: object, path: Path) -> dict[str, dict[
         module = modules.get(name) if name else None
         if module is None or plain_type(type(module)) is None:
             found = "no such layer" if module is None else f"a {type(module).__name__} there"
-            raise ValueError(
-                f"{path} has a plan for {shown(name)}, but the model has {found}: pass the original architecture."
-            )
+            inner = next((n.removesuffix(f".{name}") for n in modules if n.endswith(f".{name}")), None)
+            advice = "pass the original architecture" if inner is None else f"pass the network in it, `model.{inner}`"
+            raise ValueError(f"{path} has a plan for {shown(name)}, but the model has {found}: {advice}.")
         _check_entry(name, entry, module, path)
         if entries.setdefault(module, entry) != entry:
             raise ValueError(f"{path} has two plans for one layer, {shown(name)} being its second name.")

@@ -113,7 +113,7 @@ def test_nothing_is_overwritten_without_force(run: Path, capsys: pytest.CaptureF
     args = ("export", "--ckpt", run, "--format", "pt2")
     (run / "model.pt2").write_text("mine")
     before = files(run)
-    assert "exists: choose another name, or replace it with `force`" in refused(capsys, *args)
+    assert "exists: choose another name, or replace it with `--force`" in refused(capsys, *args)
     assert (run / "model.pt2").read_text() == "mine" and files(run) == before
     done(capsys, *args, "--force", "--check", "false")
     assert torch.export.load(run / "model.pt2")

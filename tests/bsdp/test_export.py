@@ -124,7 +124,7 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
 def test_existing_files_stay_unless_forced(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match="exists: choose another name, or replace it with `force`"):
+    with pytest.raises(FileExistsError, match="exists: choose another name, or replace it with `--force`"):
         bsdp.export(small_net(), path, images())
     assert path.read_text() == "mine"
     bsdp.export(small_net(), path, images(), force=True, check=False)

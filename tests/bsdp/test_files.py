@@ -332,3 +332,20 @@ def test_a_module_that_asks_for_its_version_is_told(tmp_path: Path) -> None:
     net = decomposed(Versioned())
     loaded = bsdp.load(Versioned(), bsdp.save(net, tmp_path / "net.safetensors"))
     assert torch.equal(loaded.head.weight, net.head.weight)
+
+
+def test_others_can_read_a_file_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        path = bsdp.save(decomposed(make_net("conv")), tmp_path / "net.safetensors")
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(mask)
+
+
+def test_a_module_around_the_network_is_told_to_pass_the_network(tmp_path: Path) -> None:
+    path = bsdp.save(decomposed(make_net("conv")), tmp_path / "net.safetensors")
+    module = nn.ModuleDict({"net": make_net("conv")})
+    with pytest.raises(ValueError, match=r"no such layer: pass the network in it, `model\.net`"):
+        bsdp.load(module, path)
