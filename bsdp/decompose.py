@@ -194,7 +194,9 @@ def _reason_to_skip(
         return "it is lazy: run the model once before decomposing"
     if plain_type(type(layer)) is None:
         return f"layers of type {type(layer).__name__} are not supported"
-    weight = weight_of(layer)
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
+        return "its weight is no ordinary floating-point tensor"
     if weight.is_meta:
         return "its weight is on the meta device: load the weights before decomposing"
     if has_forward_pre_hooks(layer):

@@ -131,7 +131,8 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise IsADirectoryError(f"`output`: {str(path)!r} is a folder; name a file in it.")
     if path.exists() and not force:
         raise FileExistsError(
-            f"`output`: {str(path)!r} exists: choose another name, or replace it with `--force` (`force=True` in Python)."
+            f"`output`: {str(path)!r} exists: choose another name, or replace it with `--force` "
+            "(`force=True` in Python)."
         )
 
 

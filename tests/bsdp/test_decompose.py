@@ -314,7 +314,18 @@ def with_pre_hook(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def with_weight(weight: Tensor | None) -> nn.Module:
+    layer = nn.Linear(8, 8)
+    del layer.weight
+    layer.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+    return layer
+
+
 LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "no ordinary floating-point tensor"),
+    "integers": (lambda: with_weight(torch.ones(8, 8, dtype=torch.int8)), "no ordinary floating-point tensor"),
+    "sparse": (lambda: with_weight(torch.eye(8).to_sparse()), "no ordinary floating-point tensor"),
+    "none": (lambda: with_weight(None), "no ordinary floating-point tensor"),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), "depthwise"),
     "one_output_per_group": (lambda: nn.Conv2d(8, 4, 3, groups=4), "rank is already 1"),
     "one_input": (lambda: nn.Conv2d(1, 8, 1), "rank is already 1"),
