@@ -82,7 +82,9 @@ class RunState(Callback):
         for index, value in self._state.pop("plateau", {}).items():
             trainer.lr_scheduler_configs[index].scheduler.step(value)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if self._state and isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+            if not self._state or not isinstance(callback, EarlyStopping):
+                continue
+            if callback.wait_count >= callback.patience or callback.stopped_epoch:  # by patience, or by a threshold
                 trainer.should_stop = True
         self._state = {}
 

@@ -169,7 +169,8 @@ def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
         if count is not None:
-            check_at_least("threads", count, 1)
+            if not 1 <= count <= 1024:
+                raise ValueError(f"`threads` must be between 1 and 1024, got {count}.")
             torch.set_num_threads(count)
         yield
     finally:

@@ -36,6 +36,8 @@ def time_in_turn(
     """
     check_at_least("repeats", repeats, 1)
     check_at_least("warmup", warmup, 0)
+    if seconds is not None:
+        check_at_least("seconds", seconds, 0)
     times: dict[Name, list[float]] = {name: [] for name in calls}
     end = None
     for i in range(warmup + repeats):

@@ -220,7 +220,7 @@ def test_benchmark(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = done(capsys, *common, "--batch-size", "1", "--channels-last", "never", "--image-size", "4")
     assert "channels_last" not in text and "images 3x4x4" in text
     assert "`batch_sizes` must be at least 1" in refused(capsys, *common, "--batch-size", "0")
-    assert "`threads` must be at least 1" in refused(capsys, "benchmark", "--ckpt", run, "--threads", "0")
+    assert "`threads` must be between 1 and 1024" in refused(capsys, "benchmark", "--ckpt", run, "--threads", "0")
     assert "`device` must be cpu or cuda, got 'abacus'" in refused(capsys, *common, "--device", "abacus")
     assert "`device` must be cpu or cuda, got 'meta'" in refused(capsys, *common, "--device", "meta")
 
