@@ -201,12 +201,15 @@ class IterativePruner:
         """Remove the weakest bases down to the budget of the next round.
 
         Returns:
-            Whether a cut was made. It is skipped, with a warning, when there are no finite scores.
+            Whether a cut was made. It is skipped, with a warning, when there are no finite scores, or when the weights
+            have become NaN since they were taken.
         """
         settings, cost = self.settings, self.record.cost
         self.scheduled += 1
         self.next_cut = epoch + settings.epochs_per_round
         try:
+            if not self._is_sound():
+                raise NoScoresError("the weights are NaN or infinite.")
             scores = self.scores.compute(self.statistics)
         except NoScoresError as error:
             warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
@@ -361,7 +364,9 @@ class IterativePruner:
         return value > other if self.settings.mode == "max" else value < other
 
     def _is_sound(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        # Buffers may hold infinity, in masks of attention.
+        broken = any(bool(buffer.isnan().any()) for buffer in self.model.buffers())
+        return not broken and all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
     def _state(self) -> dict[str, Tensor]:
         return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
