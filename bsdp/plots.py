@@ -1,4 +1,7 @@
-"""The picture of a pruning run: accuracy against what is kept, and the ranks per layer over the rounds."""
+"""The picture of a pruning run: accuracy against what is kept, and the ranks per layer over the rounds.
+
+`new_figure`, `save_figure` and `kept_axis` are for other pictures of that sort, too.
+"""
 
 from __future__ import annotations
 
@@ -27,34 +30,53 @@ def plot_pruning_curves(record: PruningRecord, path: str | os.PathLike[str]) -> 
         record: The history of a run, finished or not.
         path: Target; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``). An existing file is replaced.
     """
+    return save_figure(pruning_figure(record), path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure, whole or not at all.
+
+    Args:
+        figure: For example of `new_figure`.
+        path: Target; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``). An existing file is replaced.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        pruning_figure(record).savefig(partial, dpi=130)
+        figure.savefig(partial, dpi=130)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def pruning_figure(record: PruningRecord) -> Figure:
-    """Draw the best value of every round against parameters and MACs kept, and the ranks per layer over the rounds.
-
-    The figure belongs to no window and changes nothing in the caller's matplotlib.
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure that belongs to no window and changes nothing in the caller's matplotlib.
 
     Args:
-        record: The history of a run, finished or not, with at least one round.
+        width: Inches.
+        height: Inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pruning_figure(record: PruningRecord) -> Figure:
+    """Draw the best value of every round against parameters and MACs kept, and the ranks per layer over the rounds.
+
+    Args:
+        record: The history of a run, finished or not, with at least one round.
+    """
     if not record.rounds:
         raise ValueError("`record` has no rounds: there is nothing to draw.")
     rows = len(record.cost.layers)
     height = min(max(7.0, 2.6 + 0.17 * min(rows, _MAX_LABELS)), 12.0)
-    figure = Figure(figsize=(14.0, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14.0, height)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25))
     left = [figure.add_subplot(grid[0, 0])]
     left.append(figure.add_subplot(grid[1, 0], sharey=left[0]))
@@ -77,11 +99,7 @@ def _draw_curve(axes: Axes, record: PruningRecord, kind: str) -> None:
         axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", va="center", color=_REFERENCE)
         axes.set_axis_off()
         return
-    axes.set_xlabel(f"{_NAMES[kind]} kept (% of the original, log scale)")
     axes.set_ylabel(f"{record.monitor.replace('_', ' ')}{' (%)' if _in_percent(record) else ''}, best of a round")
-    axes.grid(True, color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     factor = 100.0 if _in_percent(record) else 1.0
     _draw_reference(axes, record, factor)
     axes.plot([x for x, _, _ in points], [factor * y for _, y, _ in points], "-o", color=_LINE, markersize=5, zorder=3)
@@ -95,7 +113,7 @@ def _draw_curve(axes: Axes, record: PruningRecord, kind: str) -> None:
             star: dict[str, Any] = {"marker": "*", "markersize": 19, "linestyle": "none", "label": "chosen"}
             axes.plot([x], [factor * y], color=_CHOSEN, zorder=4, **star)
             _annotate(axes, x, factor * y, f"{x:.3g} % kept\n{_shown(record, y)}", above=record.mode == "min")
-    _percent_axis(axes, marks)
+    kept_axis(axes, marks, kind=kind)
     axes.margins(y=0.14)
     if _in_percent(record):
         low_end, high_end = axes.get_ylim()
@@ -132,10 +150,20 @@ def _annotate(axes: Axes, x: float, y: float, text: str, *, above: bool) -> None
     )
 
 
-def _percent_axis(axes: Axes, values: list[float]) -> None:
-    """A log axis from the smallest share to 100 % with plain numbers on it."""
+def kept_axis(axes: Axes, values: list[float], *, kind: str) -> None:
+    """Make the x axis one of shares kept: logarithmic, from the smallest to 100 %, with plain numbers on it.
+
+    Args:
+        axes: Where the points are; gets a grid, too.
+        values: All x values, in percent.
+        kind: ``params``, ``macs`` or ``bases``.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+    axes.set_xlabel(f"{_NAMES[kind]} kept (% of the original, log scale)")
+    axes.grid(True, color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     low = min(min(values), 99.0)
     axes.set_xscale("log")
     axes.set_xlim(low * 0.85, 112.0)
