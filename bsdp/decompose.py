@@ -19,6 +19,7 @@ from bsdp.factorize import METRICS, factorize
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
 from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
+from bsdp.widths import move_mark
 
 _READ = "other code reads its weight, or calls it with more than its input"
 _CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
@@ -134,6 +135,7 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict
     replaced = replace_modules(model, replacements)
     for old, new in replacements.items():
         move_hooks(old, new)
+        move_mark(old, new)
     return replaced
 
 

@@ -321,10 +321,32 @@ class BasisPair(nn.Module):
             scaling.sigma.new_ones(total),
         )
 
+    def set_widths(self, inputs: int, outputs: int, rank: int) -> None:
+        """Allocate other numbers of channels (or features) and another rank; all values but the bias are undefined.
+
+        The bias keeps its identity, and its values where the number of outputs stays.
+        """
+        linear = self.original_type is nn.Linear
+        for name, width in zip(
+            ("in_features", "out_features") if linear else ("in_channels", "out_channels"),
+            (inputs, outputs),
+            strict=True,
+        ):
+            setattr(self, name, width)
+        setattr(self.basis, "in_features" if linear else "in_channels", inputs)
+        self.fan_in = inputs // self.groups * math.prod(weight_of(self.basis).shape[2:])
+        self.out_per_group = outputs // self.groups
+        self.full_rank = min(self.fan_in, self.out_per_group)
+        scaling = self.scaling
+        if outputs != len(scaling.bias):
+            set_data(scaling.bias, scaling.bias.data.new_zeros(outputs))
+            scaling.weight.data = scaling.weight.data.new_empty(outputs, *scaling.weight.shape[1:])
+        self.resize(rank)
+
     def _assign(self, basis: Tensor, weight: Tensor, delta: Tensor, sigma: Tensor) -> None:
         targets = (weight_of(self.basis), self.scaling.weight, self.scaling.delta)
         for target, value in zip(targets, (basis, weight, delta), strict=True):
-            _set_data(target, value.contiguous())
+            set_data(target, value.contiguous())
         self.scaling.sigma = sigma.contiguous()
         setattr(self.basis, _width(self.original_type), delta.numel())
 
@@ -345,6 +367,11 @@ class BasisPair(nn.Module):
         return f"rank={self.rank}, full_rank={self.full_rank}"
 
 
+def column_matrix(pair: BasisPair) -> Tensor:
+    """The 1x1 weights with the factors multiplied in, ``[groups, out_per_group, rank]``."""
+    return pair.scaling.scaled_weight.detach().view(pair.groups, pair.out_per_group, pair.rank)
+
+
 def named_pairs(model: nn.Module) -> dict[str, BasisPair]:
     """All pairs of a model by dotted name, in module order; a shared pair once, under its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BasisPair)}
@@ -363,7 +390,7 @@ def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
             pair.watched = False
 
 
-def _set_data(parameter: Tensor, value: Tensor) -> None:
+def set_data(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter data of another shape, keeping its identity."""
     parameter.grad = None
     # A loss that the caller still holds keeps the parameter's gradient accumulator alive, which remembers the old shape

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from bsdp.cost import layer_cost
 from bsdp.fitting import check_names, check_values, expected_state, meta_layer
 from bsdp.layers import BasisPair, named_pairs, plain_type
 from bsdp.reading import read_pickled, shown
-from bsdp.surgery import module_names, move_hooks, replace_modules
+from bsdp.surgery import load_tensors, module_names, move_hooks, replace_modules
+from bsdp.widths import move_mark, set_widths, widths_of
 
 STRUCTURE_VERSION = 1
 
@@ -22,14 +24,16 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"version": 1, "pairs": {name: {"rank": int}}}`` with every name of a pair that has several; ``"whole": True``
-        stands beside the rank of pairs that must stay one layer.
+        stands beside the rank of pairs that must stay one layer. A model that lost channels has ``"widths"``, too (see
+        `widths_of`).
     """
     pairs = {
         name: {"rank": module.rank, "whole": True} if module.whole else {"rank": module.rank}
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BasisPair)
     }
-    return {"version": STRUCTURE_VERSION, "pairs": pairs}
+    widths = widths_of(model)
+    return {"version": STRUCTURE_VERSION, "pairs": pairs} | ({"widths": widths} if widths else {})
 
 
 def rebuild(
@@ -55,9 +59,11 @@ def rebuild(
         ValueError: If the structure is of another version or does not fit the model, or the weights do not fit the
             structure. The model is then as it was.
     """
-    ranks = _checked_ranks(model, _checked_pairs(structure))
-    if state_dict is not None:
-        check_state(model, state_dict, ranks=ranks, strict=strict, source=source)
+    pairs = _checked_pairs(structure)
+    with _widths(model, structure.get("widths", {})):
+        ranks = _checked_ranks(model, pairs)
+        if state_dict is not None:
+            check_state(model, state_dict, ranks=ranks, strict=strict, source=source)
     replacements: dict[nn.Module, nn.Module] = {
         layer: BasisPair(layer, rank=rank).train(layer.training)
         for layer, rank in ranks.items()
@@ -66,11 +72,29 @@ def rebuild(
     replace_modules(model, replacements)
     for old, new in replacements.items():
         move_hooks(old, new)
+        move_mark(old, new)
     for pair, rank in ranks.items():
         if isinstance(pair, BasisPair) and pair.rank != rank:
             pair.resize(rank)
     for name, pair in named_pairs(model).items():
         pair.whole = structure["pairs"].get(name, {}).get("whole") is True
+
+
+@contextmanager
+def _widths(model: nn.Module, widths: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model other widths; its own, with its values, are back if anything in the ``with`` block fails."""
+    before = widths_of(model)
+    if not widths and not before:
+        yield
+        return
+    values = dict(model.state_dict())
+    set_widths(model, widths)
+    try:
+        yield
+    except ValueError:
+        set_widths(model, before)
+        load_tensors(model, values)
+        raise
 
 
 def _can_be_pair(module: nn.Module) -> bool:

@@ -1,0 +1,93 @@
+"""Removing channels from the real model; parameters keep their identity, so optimizers that hold them go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bsdp.channel_graph import ModuleChange
+from bsdp.factorize import factorize, to_float64
+from bsdp.layers import BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
+from bsdp.widths import mark_widths
+
+
+@torch.no_grad()
+def remove_channels(
+    model: nn.Module, changes: Mapping[str, ModuleChange], *, optimizers: Iterable[Optimizer] = ()
+) -> None:
+    """Carry out what `plan_removal` found, in place.
+
+    Plain layers lose the same elements in their weights and in what the optimizers hold for them. A pair is multiplied
+    out, cut and decomposed again at the highest rank it can still have, without loss; its scaling factors are then 1
+    and their momentum starts anew.
+
+    Args:
+        model: The model the changes were planned for.
+        changes: From `plan_removal`.
+        optimizers: Optimizers to keep in step.
+    """
+    optimizers = list(optimizers)
+    for name, change in changes.items():
+        module = model.get_submodule(name) if name else model
+        mark_widths(module)
+        if isinstance(module, BasisPair):
+            _cut_pair(module, change, optimizers)
+            continue
+        for key, index in change.tensors.items():
+            _gather(module, key, index, optimizers)
+        for key, value in change.attributes.items():
+            setattr(module, key, value)
+
+
+def _gather(module: nn.Module, key: str, index: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Keep the elements of a parameter or buffer that `index` names, and the same of its optimizer state."""
+    old = getattr(module, key)
+    shape = old.shape
+    kept = old.detach().flatten()[index.to(old.device).flatten()].view(index.shape)
+    if not isinstance(old, nn.Parameter):
+        module._buffers[key] = kept
+        return
+    set_data(old, kept)
+    for optimizer in optimizers:
+        state = optimizer.state.get(old, {})
+        for entry, value in state.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                state[entry] = value.flatten()[index.to(value.device).flatten()].view(index.shape)
+
+
+def _cut_pair(pair: BasisPair, change: ModuleChange, optimizers: Iterable[Optimizer]) -> None:
+    index, kernel = change.tensors["weight"], weight_of(pair.basis).shape[2:]
+    product = to_float64(pair.product)
+    weight = from_matrix(product, kernel, transposed=pair.transposed)
+    cut = weight.flatten()[index.to(weight.device).flatten()].view(index.shape)
+    matrix = to_matrix(cut, pair.groups, transposed=pair.transposed)
+    outputs = change.tensors.get("bias")
+    keep = torch.arange(len(pair.bias)) if outputs is None else outputs
+    bias = pair.bias.detach()[keep.to(pair.bias.device)]
+    rank = min(pair.rank, *matrix.shape[1:])
+    if _is_orthonormal(pair):
+        factors = factorize(matrix)
+    else:  # the activation metric: V diag(sigma^2) V^T is the second moment of the outputs
+        columns = to_float64(column_matrix(pair))
+        moments = torch.block_diag(*(columns @ columns.mT))  # type: ignore[no-untyped-call]
+        factors = factorize(matrix, metric="activation", moment=moments[keep][:, keep])
+    pair.set_widths(_inputs(index, pair), len(bias), rank)
+    pair.set_factors(factors.basis[:, :rank], factors.coefficients[:, :, :rank], factors.sigma[:, :rank])
+    set_data(pair.scaling.bias, bias.contiguous())
+    for optimizer in optimizers:
+        optimizer.state.pop(pair.scaling.delta, None)
+        if outputs is not None:
+            optimizer.state.pop(pair.scaling.bias, None)
+
+
+def _inputs(index: Tensor, pair: BasisPair) -> int:
+    return index.shape[0] if pair.transposed else index.shape[1] * pair.groups
+
+
+def _is_orthonormal(pair: BasisPair) -> bool:
+    basis = to_float64(to_matrix(weight_of(pair.basis), pair.groups, transposed=pair.transposed))
+    eye = torch.eye(pair.rank, dtype=basis.dtype, device=basis.device)
+    return bool((basis @ basis.mT - eye).abs().max() < 1e-3)
