@@ -22,7 +22,8 @@ from bsdp.layers import (
     to_matrix,
     weight_of,
 )
-from bsdp.surgery import replace_modules
+from bsdp.surgery import copy_hooks, move_hooks, replace_modules
+from bsdp.widths import forget_widths
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -30,7 +31,11 @@ def fold(model: nn.Module) -> nn.Module:
 
     Below its break-even rank a pair becomes ``nn.Sequential(basis, pointwise)`` with the scaling factors absorbed into
     the 1x1 weights; otherwise one re-fused layer of the original kind. The given model is left alone. The copy has no
-    trace of ``bsdp``: it pickles, exports and runs without this package. Hooks on pairs stay behind.
+    trace of ``bsdp``: it pickles, exports and runs without this package. Hooks are copied, those of a pair to what
+    stands in its place; only hooks inside of a pair (on ``basis`` or ``scaling``) stay behind.
+
+    Code of the model that reads the weight or bias of a layer finds none on two layers in a row. Pairs that were seen
+    to be read so stay one layer: give `decompose` or `measure_cost` an example input before bases are removed.
 
     Args:
         model: A decomposed model; a model without pairs is simply copied.
@@ -39,8 +44,12 @@ def fold(model: nn.Module) -> nn.Module:
         The folded copy, in the same train or eval mode, all its parameters requiring gradients.
     """
     # deepcopy takes the folded layer wherever it meets the pair, so pairs are never copied and shared ones stay shared.
-    memo: dict[int, Any] = {id(pair): fold_pair(pair) for pair in named_pairs(model).values()}
+    pairs = {pair: fold_pair(pair) for pair in named_pairs(model).values()}
+    memo: dict[int, Any] = {id(pair): layer for pair, layer in pairs.items()}
     folded = copy.deepcopy(model, memo)
+    for pair, layer in pairs.items():
+        copy_hooks(pair, layer, memo)
+    forget_widths(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return folded
@@ -109,3 +118,5 @@ def unfold_into(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None
         for name, entry in plan.items()
     }
     replace_modules(model, replacements)
+    for old, new in replacements.items():
+        move_hooks(old, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,13 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     for table in _HOOK_TABLES:
         setattr(new, table, getattr(old, table))
         setattr(old, table, OrderedDict())
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def copy_hooks(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a module deep copies of the hooks of another one, as ``copy.deepcopy`` does with `memo`."""
+    for table in (*_HOOK_TABLES, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(new, table, copy.deepcopy(getattr(old, table), memo))
     new._is_full_backward_hook = old._is_full_backward_hook
 
 

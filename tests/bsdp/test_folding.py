@@ -160,13 +160,70 @@ def test_half_precision_is_folded_in_float64_and_rounded_once(dtype: torch.dtype
     assert torch.equal(bsdp.fold_pair(pair)[1].weight, exact.scaling.scaled_weight.to(dtype))
 
 
-def test_hooks_stay_behind() -> None:
+def test_hooks_on_the_parts_of_a_pair_stay_behind() -> None:
     net, inputs = decomposed(make_net("conv")), make_input("conv")
     calls: list[int] = []
-    net.conv1.register_forward_hook(lambda m, i, o: calls.append(1))
-    net.conv1.basis.register_forward_hook(lambda m, i, o: calls.append(2))
+    net.conv1.basis.register_forward_hook(lambda m, i, o: calls.append(1))
     bsdp.fold(net)(inputs)
     assert calls == []
+
+
+@pytest.mark.parametrize("rank", [1, 99], ids=["pair", "fused"])
+def test_hooks_that_change_what_a_layer_takes_and_gives_are_copied(rank: int) -> None:
+    net, inputs = make_net("residual"), make_input("residual")
+    net.left.register_forward_hook(lambda m, i, kwargs, o: 3 * o, with_kwargs=True)
+    bsdp.decompose(net)
+    handle = net.left.register_forward_pre_hook(lambda m, i: (2 * i[0],))
+    keep_ranks(net, dict.fromkeys(named_pairs(net), rank))
+    folded, expected = bsdp.fold(net), net(inputs)
+    assert isinstance(folded.left, nn.Sequential) is (rank == 1)
+    assert relative_error(folded(inputs), expected) < 1e-12
+    handle.remove()  # of the given model only
+    assert relative_error(net(inputs), expected) > 1e-6
+    assert relative_error(folded(inputs), expected) < 1e-12
+
+
+def test_a_gradient_hook_is_copied() -> None:
+    net, inputs = decomposed(make_net("conv")), make_input("conv")
+    calls: list[nn.Module] = []
+    net.conv1.register_full_backward_hook(lambda m, gi, go: calls.append(m))
+    folded = bsdp.fold(net)
+    folded(inputs.requires_grad_()).sum().backward()
+    assert calls == [folded.conv1]
+
+
+class Shift:
+    """Adds a parameter of another layer: a hook that belongs to a model."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        self.other = other
+
+    def hook(self, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + self.other.bias[0]
+
+
+def test_what_a_hook_knows_of_the_model_is_of_the_copy() -> None:
+    net, inputs = decomposed(make_net("conv")), make_input("conv")
+    net.conv1.register_forward_hook(Shift(net.head).hook)
+    folded, expected = bsdp.fold(net), net(inputs)
+    assert relative_error(folded(inputs), expected) < 1e-12
+    net.head.bias.data += 1.0
+    assert relative_error(folded(inputs), expected) < 1e-12
+    folded.head.bias.data += 1.0
+    assert relative_error(folded(inputs), net(inputs)) < 1e-12
+
+
+def test_a_model_that_takes_a_folded_structure_keeps_its_hooks() -> None:
+    nets = [make_net("residual"), make_net("residual")]
+    for net in nets:
+        net.left.register_forward_hook(lambda m, i, o: 3 * o)
+    pruned, original = decomposed(nets[0]), nets[1]
+    keep_ranks(pruned, dict.fromkeys(named_pairs(pruned), 1))
+    plan = {n: {"kind": "pair", "rank": 1, "bias": p.needs_bias} for n, p in named_pairs(pruned).items()}
+    unfold_into(original, plan)
+    original.load_state_dict(bsdp.fold(pruned).state_dict())
+    inputs = make_input("residual")
+    assert relative_error(original(inputs), pruned(inputs)) < 1e-12
 
 
 def test_the_copy_pickles_without_any_trace_of_this_package() -> None:
