@@ -17,11 +17,13 @@ from bsdp.cost import layer_cost
 from bsdp.equivalents import is_plain, plain_equivalent
 from bsdp.factorize import METRICS, factorize
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
-from bsdp.probing import as_inputs, evaluating, probe
+from bsdp.probing import as_inputs, probe
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
 from bsdp.widths import move_mark
 
 _READ = "other code reads its weight, or calls it with more than its input"
+_KEPT = "the model keeps a reference of its own to it (in a plain list, say), and goes on calling it"
+_IGNORED = "the model does not call what replaces it: it looks for a layer of this very type"
 _CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 
 
@@ -77,7 +79,8 @@ def decompose(
         statistics: For ``"activation"``: per layer name the second moment ``E[y y^T]`` of its outputs before the bias,
             ``[out_channels, out_channels]``.
         example_input: Input (or tuple of inputs) of the model. When given, layers that are never called through their
-            ``forward``, or whose weight other code reads, are left alone, too.
+            ``forward``, whose weight other code reads, or that the model also holds outside of its modules (in a plain
+            list), are left alone, too.
 
     Returns:
         What was replaced, and what was left alone with the reason.
@@ -124,8 +127,8 @@ def decompose(
     skipped.update(_foreign_layers(names))
     replaced = _swap(model, replacements)
     if example_input is not None:
-        for name in _put_back_whole(model, replacements, example_input):
-            skipped[name] = _READ
+        for name, reason in _put_back_misused(model, replacements, example_input).items():
+            skipped[name] = reason
             del replaced[name]
     by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
     return Decomposition(by_name, skipped)
@@ -139,18 +142,27 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict
     return replaced
 
 
-def _put_back_whole(
+def _put_back_misused(
     model: nn.Module, replacements: Mapping[nn.Module, nn.Module], example_input: Tensor | tuple[Tensor, ...]
-) -> list[str]:
-    """Undo the replacement of layers that can only stand as one; all of it when the model does not run any more."""
+) -> dict[str, str]:
+    """Undo the replacements that the model does not go along with; all of them when it does not run any more.
+
+    Returns:
+        ``{name: reason}`` of the layers that are back.
+    """
     back = {new: old for old, new in replacements.items()}
+    called: set[nn.Module] = set()
     try:
-        with evaluating(model), watching(back):
+        with probe(model, [*back, *replacements], lambda layer, _inputs, _output: called.add(layer)), watching(back):
             model(*as_inputs(example_input))
     except Exception:
         _swap(model, back)
         raise
-    return list(_swap(model, {new: old for new, old in back.items() if isinstance(new, BasisPair) and new.whole}))
+    whole = {new: _READ for new in back if isinstance(new, BasisPair) and new.whole}
+    ignored = {new: _IGNORED for new in back if new not in called}
+    reasons = whole | ignored | {new: _KEPT for new, old in back.items() if old in called}
+    restored = _swap(model, {new: back[new] for new in reasons})
+    return {name: reasons[new] for name, (new, _) in restored.items()}
 
 
 def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tensor | None = None) -> BasisPair:

@@ -516,6 +516,53 @@ def test_a_watched_pair_notes_a_read_before_costs_are_measured() -> None:
     assert not any(pair.watched for pair in named_pairs(model).values())
 
 
+class Listed(nn.Module):
+    """Calls one layer through a plain list only, and a second one both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed, self.both, self.plain = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+        self.layers = [self.listed, self.both]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.both(inputs)
+        for layer in self.layers:
+            features = layer(features)
+        return self.head(self.plain(features))
+
+
+def test_a_layer_that_the_model_also_holds_elsewhere_is_left_alone() -> None:
+    model, inputs = Listed(), torch.randn(3, 8)
+    expected, calls = model(inputs), []
+    model.listed.register_forward_hook(lambda m, i, o: calls.append(m))
+    done = bsdp.decompose(model, example_input=inputs)
+    calls.clear()
+    assert list(done.replaced) == ["plain"]
+    assert [model.listed, model.both] == model.layers
+    reason = "the model keeps a reference of its own to it (in a plain list, say), and goes on calling it"
+    assert done.skipped["listed"] == done.skipped["both"] == reason
+    assert relative_error(model(inputs), expected) < 1e-5
+    assert calls == [model.listed]  # its own hook is back, ours is gone
+
+
+class Particular(nn.Sequential):
+    """Calls layers of the types it knows."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for layer in self:
+            inputs = layer(inputs) if isinstance(layer, nn.Linear) else inputs
+        return inputs
+
+
+def test_a_layer_whose_pair_would_not_be_called_is_left_alone() -> None:
+    model, inputs = Particular(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(3, 8)
+    expected = model(inputs)
+    done = bsdp.decompose(model, example_input=inputs)
+    assert done.skipped["0"] == "the model does not call what replaces it: it looks for a layer of this very type"
+    assert torch.equal(model(inputs), expected)
+
+
 def test_a_model_that_does_not_run_on_the_example_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     first = model[0]
