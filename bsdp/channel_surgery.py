@@ -65,8 +65,9 @@ def _cut_pair(pair: BasisPair, change: ModuleChange, optimizers: Iterable[Optimi
     cut = weight.flatten()[index.to(weight.device).flatten()].view(index.shape)
     matrix = to_matrix(cut, pair.groups, transposed=pair.transposed)
     outputs = change.tensors.get("bias")
-    keep = torch.arange(len(pair.bias)) if outputs is None else outputs
-    bias = pair.bias.detach()[keep.to(pair.bias.device)]
+    bias = pair.scaling.bias.detach()
+    keep = torch.arange(len(bias)) if outputs is None else outputs
+    bias = bias[keep.to(bias.device)]
     rank = min(pair.rank, *matrix.shape[1:])
     if _is_orthonormal(pair):
         factors = factorize(matrix)

@@ -21,7 +21,7 @@ from bsdp.probing import as_inputs, probe
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
 from bsdp.widths import move_mark
 
-_READ = "other code reads its weight, or calls it with more than its input"
+_READ = "other code reads its weight or bias, or calls it with more than its input"
 _KEPT = "the model keeps a reference of its own to it (in a plain list, say), and goes on calling it"
 _IGNORED = "the model does not call what replaces it: it looks for a layer of this very type"
 _CANDIDATE_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
@@ -79,8 +79,8 @@ def decompose(
         statistics: For ``"activation"``: per layer name the second moment ``E[y y^T]`` of its outputs before the bias,
             ``[out_channels, out_channels]``.
         example_input: Input (or tuple of inputs) of the model. When given, layers that are never called through their
-            ``forward``, whose weight other code reads, or that the model also holds outside of its modules (in a plain
-            list), are left alone, too.
+            ``forward``, whose weight or bias other code reads, or that the model also holds outside of its modules
+            (in a plain list), are left alone, too.
 
     Returns:
         What was replaced, and what was left alone with the reason.
@@ -278,7 +278,7 @@ def _whole_layers(
 
 @contextmanager
 def _readers(layers: list[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Collect the layers whose weight is read by other code than their own forward.
+    """Collect the layers whose weight or bias is read by other code than their own forward.
 
     Parameters are no plain attributes: reading one goes through `nn.Module.__getattr__`.
     """
@@ -288,7 +288,7 @@ def _readers(layers: list[nn.Module]) -> Iterator[set[nn.Module]]:
     original = nn.Module.__getattr__
 
     def spy(module: nn.Module, name: str) -> Any:
-        if name == "weight" and module in watched and module not in running:
+        if name in ("weight", "bias") and module in watched and module not in running:
             read.add(module)
         return original(module, name)
 

@@ -208,7 +208,7 @@ class BasisPair(nn.Module):
 
     Attributes:
         whole: Whether the model uses the layer in a way that two plain layers in a row do not offer: it reads the
-            weight, or passes more than the input. Such a pair folds to one layer, so removing bases saves nothing.
+            weight or bias, or passes more than the input. Such a pair folds to one layer: removing bases saves nothing.
         watched: Whether uses count for `whole` now; `measure_cost` and `describe` set it while they run the model.
         reads: How often the model read the weight in the last run that was watched.
     """
@@ -246,6 +246,7 @@ class BasisPair(nn.Module):
     @property
     def bias(self) -> Tensor:
         """The bias of the pair, ``[out_channels]``; zeros while the original had none and nothing was cut."""
+        self.whole = self.whole or self.watched
         return self.scaling.bias
 
     @property

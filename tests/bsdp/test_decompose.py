@@ -451,7 +451,7 @@ class Odd(nn.Module):
         return self.head(features.mean((2, 3)))
 
 
-ODD_REASON = "other code reads its weight, or calls it with more than its input"
+ODD_REASON = "other code reads its weight or bias, or calls it with more than its input"
 
 
 def test_with_an_example_layers_that_must_stay_one_are_left_alone() -> None:
@@ -484,21 +484,48 @@ def test_without_an_example_they_are_pairs_that_are_not_cut_once_they_were_seen(
 
 
 class ReadsOnce(nn.Module):
-    """Reads a weight in its first pass only, as models do that cache what they derive from it."""
+    """Reads a weight or bias in its first pass only, as models do that cache what they derive from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, attribute: str = "weight") -> None:
         super().__init__()
+        self.attribute = attribute
         self.read, self.plain, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
         self.device: torch.device | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.device is None:
-            self.device = self.read.weight.device
+            self.device = getattr(self.read, self.attribute).device
         return self.head(self.plain(self.read(inputs)))
 
 
-def test_a_weight_that_is_read_in_the_first_pass_only_counts() -> None:
-    model, inputs = ReadsOnce(), torch.randn(3, 8)
+class ReadsBias(nn.Module):
+    """Uses the bias of a layer once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.plain, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.plain(self.read(inputs) - self.read.bias))
+
+
+def test_a_bias_that_is_read_counts_like_a_weight() -> None:
+    model, inputs = ReadsBias(), torch.randn(3, 8)
+    done = bsdp.decompose(model, example_input=inputs)
+    assert list(done.replaced) == ["plain"]
+    assert done.skipped["read"] == ODD_REASON
+    watched = ReadsBias()
+    bsdp.decompose(watched)
+    cost = bsdp.measure_cost(watched, inputs[:1])
+    assert [name for name, layer in cost.layers.items() if layer.whole] == ["read"]
+    bsdp.prune(watched, bsdp.select({name: torch.rand(8) for name in cost.layers}, cost, ratio=0.4))
+    folded = bsdp.fold(watched)
+    assert relative_error(folded(inputs), watched(inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("attribute", ["weight", "bias"])
+def test_a_weight_that_is_read_in_the_first_pass_only_counts(attribute: str) -> None:
+    model, inputs = ReadsOnce(attribute), torch.randn(3, 8)
     done = bsdp.decompose(model, example_input=inputs)
     assert list(done.replaced) == ["plain"]
     assert done.skipped["read"] == ODD_REASON
