@@ -3,6 +3,7 @@
 from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
 from bsdp.callbacks.pruning_report import PruningReport
+from bsdp.callbacks.source_pretraining import SourcePretraining
 from bsdp.callbacks.wandb_curves import WandbPruningCurves
 
-__all__ = ["BasisDecomposition", "IterativeBasisPruning", "PruningReport", "WandbPruningCurves"]
+__all__ = ["BasisDecomposition", "IterativeBasisPruning", "PruningReport", "SourcePretraining", "WandbPruningCurves"]

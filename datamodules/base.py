@@ -190,6 +190,23 @@ class ImageDataModule(LightningDataModule):
         self._train_loader, self._saved = loader, {}
         return loader
 
+    @property
+    def num_train_images(self) -> int:
+        """Number of training images that were read; `setup` comes first."""
+        return len(self._read("train"))
+
+    def plain_train_dataloader(self) -> DataLoader[Batch]:
+        """Give all training images in their own order and without augmentation, for statistics."""
+        return DataLoader(self._dataset("train", augment="none"), **self._loader_args())
+
+    def keep_train_images(self, indices: Tensor) -> None:
+        """Leave out all training images but those at `indices`, from the next loader on.
+
+        Args:
+            indices: Places in the order of `plain_train_dataloader`, ``[n]``.
+        """
+        self._sources["train"] = self._read("train").select(indices)
+
     def state_dict(self) -> dict[str, Any]:
         """Give the state of the training loader."""
         return {} if self._train_loader is None else dict(self._train_loader.state_dict())
@@ -215,9 +232,12 @@ class ImageDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def _dataset(self, split: Split, *, augment: Augment) -> Dataset[Batch]:
+        return self._read(split).dataset(augment=augment, normalization=self.normalization, seed=self.seed)
+
+    def _read(self, split: Split) -> Source:
         if split not in self._sources:
             raise RuntimeError(f"The {split} images are not read yet: call `prepare_data()` and `setup()` first.")
-        return self._sources[split].dataset(augment=augment, normalization=self.normalization, seed=self.seed)
+        return self._sources[split]
 
     def _loader_args(self) -> dict[str, Any]:
         return {

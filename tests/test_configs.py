@@ -29,6 +29,12 @@ DIGITS: dict[str, Any] = {
 }
 
 
+def digits_for(data: dict[str, Any]) -> dict[str, Any]:
+    """Digits in the place of a config's data; of both sides where there is a source beside the target."""
+    sides = {key: DIGITS for key in ("source", "target") if key in data["init_args"]}
+    return {**data, "init_args": {**data["init_args"], **sides, "budget": 64}} if sides else DIGITS
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -50,9 +56,10 @@ def test_every_file_says_what_it_is_for_and_how() -> None:
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
 def test_complete_file_runs(path: Path, folder: Path) -> None:
     # Without the data and weights that do not ship: digits and random weights in their place, one batch.
-    model = yaml.safe_load(path.read_text())["model"]
+    config = yaml.safe_load(path.read_text())
+    model = config["model"]
     init = {**model["init_args"], "weights": "none", "num_classes": 10, "head": "original"}
-    tiny = write(folder / "tiny.yaml", {"model": {**model, "init_args": init}, "data": DIGITS})
+    tiny = write(folder / "tiny.yaml", {"model": {**model, "init_args": init}, "data": digits_for(config["data"])})
     options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
     assert cli.main(["fit", "--config", str(path), "--config", tiny, *options]) == 0
 

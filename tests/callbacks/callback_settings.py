@@ -6,8 +6,9 @@ from typing import Any
 
 import bsdp.callbacks
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.pruning_runs import Stripes, StripesWithSource
 
-# What a callback needs beside it in the trainer, and arguments for a quick run.
+# What a callback needs beside it in the trainer, arguments for a quick run, and data if the plain ones will not do.
 SETTINGS: dict[str, dict[str, Any]] = {
     "BasisDecomposition": {},
     "IterativeBasisPruning": {"arguments": {"target": 0.5, "tolerance": None}, "beside": [BasisDecomposition]},
@@ -15,6 +16,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "arguments": {"latency_repeats": 1},
         "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
     },
+    "SourcePretraining": {"arguments": {"epochs": 1}, "beside": [BasisDecomposition], "data": StripesWithSource},
     "WandbPruningCurves": {
         "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
         "wandb": True,
@@ -27,3 +29,9 @@ def make_callbacks(name: str) -> list[Any]:
     settings = SETTINGS[name]
     callback = getattr(bsdp.callbacks, name)(**settings.get("arguments", {}))
     return [callback, *(make() for make in settings.get("beside", []))]
+
+
+def make_data(name: str) -> Stripes:
+    """The data module that the callback runs on."""
+    data: Stripes = SETTINGS[name].get("data", Stripes)()
+    return data

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 import bsdp.callbacks
-from tests.callbacks.callback_settings import SETTINGS, make_callbacks
-from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
+from tests.callbacks.callback_settings import SETTINGS, make_callbacks, make_data
+from tests.helpers.pruning_runs import Classifier, make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_order_in_the_trainer_does_not_matter(name: str, tmp_path: Path) -> None
         module = Classifier()
         folder = tmp_path / str(i)
         trainer = make_trainer(folder, callbacks[:: -1 if i else 1], logger=loggers(name, folder), max_epochs=2)
-        trainer.fit(module, datamodule=Stripes())
+        trainer.fit(module, datamodule=make_data(name))
         results.append({key: value.clone() for key, value in module.state_dict().items()})
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
@@ -69,8 +69,8 @@ def test_order_in_the_trainer_does_not_matter(name: str, tmp_path: Path) -> None
 def test_fast_dev_run_and_checkpoint_with_plain_values(name: str, tmp_path: Path) -> None:
     module = Classifier()
     trainer = make_trainer(tmp_path, make_callbacks(name), logger=loggers(name, tmp_path), max_epochs=2)
-    trainer.fit(module, datamodule=Stripes())
+    trainer.fit(module, datamodule=make_data(name))
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     torch.load(tmp_path / "a.ckpt", weights_only=True)
     dry = make_trainer(tmp_path, make_callbacks(name), logger=loggers(name, tmp_path), fast_dev_run=True)
-    dry.fit(Classifier(), datamodule=Stripes())
+    dry.fit(Classifier(), datamodule=make_data(name))

@@ -93,6 +93,19 @@ class Stripes(LightningDataModule):
         return DataLoader(self.examples, 40)
 
 
+class StripesWithSource(Stripes):
+    """Stripes as the target, and a source of three classes: one bright column."""
+
+    source_num_classes = 3
+
+    def source_train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.randint(3, (64,), generator=generator)
+        images = torch.randn(64, 1, 8, 8, generator=generator)
+        images[torch.arange(64), 0, :, 2 * labels] += 2.0
+        return DataLoader(TensorDataset(images, labels), 16)
+
+
 class OneCut(Callback):
     """Stands in for the pruning callback: records one round per epoch and halves all ranks at the end.
 
