@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from bsdp._checks import check_choice, check_patterns, matches
 from bsdp.cost import layer_cost
-from bsdp.equivalents import is_plain, plain_equivalent
+from bsdp.equivalents import idle_parameter, is_plain, plain_equivalent
 from bsdp.factorize import METRICS, factorize
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
 from bsdp.probing import as_inputs, probe
@@ -111,11 +111,9 @@ def decompose(
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, layer_names in layers.items():
         reason = _reason_to_skip(layer, layer_names, included, excluded, head, whole, owners)
-        plain = layer if reason is not None or is_plain(layer) else plain_equivalent(layer)
-        if plain is None:
-            reason = f"what a {type(layer).__name__} computes is not what a plain layer does, whatever its weights"
-        if reason is not None or plain is None:
-            skipped.update({name: str(reason) for name in layer_names})
+        plain = reason or _plain_form(layer)
+        if isinstance(plain, str):
+            skipped.update(dict.fromkeys(layer_names, plain))
             continue
         moment = None if statistics is None else next((statistics[n] for n in layer_names if n in statistics), None)
         if metric != "euclidean" and moment is None:
@@ -132,6 +130,17 @@ def decompose(
             del replaced[name]
     by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
     return Decomposition(by_name, skipped)
+
+
+def _plain_form(layer: nn.Module) -> nn.Module | str:
+    """The layer of torch's own types that computes the same, or why there is none."""
+    if is_plain(layer):
+        return layer
+    idle = idle_parameter(layer)
+    if idle is not None:
+        return f"its parameter {idle!r} does nothing yet, like a fresh adapter, and would be lost"
+    odd = f"what a {type(layer).__name__} computes is not what a plain layer does, whatever its weights"
+    return plain_equivalent(layer) or odd
 
 
 def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:

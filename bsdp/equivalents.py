@@ -47,6 +47,45 @@ def plain_equivalent(layer: nn.Module) -> nn.Module | None:
         return None
 
 
+def idle_parameter(layer: nn.Module) -> str | None:
+    """Find a parameter that a layer of a derived type has beside weight and bias, and that does nothing yet.
+
+    Adapters begin as zeros, or switched off. The layer then computes what a plain one does, in whose form they are
+    lost.
+
+    Args:
+        layer: As in `plain_equivalent`; it is not changed.
+
+    Returns:
+        The name of the first one that is all zero, or whose change does not change the outputs; None if there is none.
+    """
+    names = [name for name, _ in layer.named_parameters() if not _is_weight(name)]
+    idle = next((name for name in names if not layer.get_parameter(name).any()), None)
+    if idle is not None or not names:
+        return idle
+    try:
+        exact = copy.deepcopy(layer).cpu().double()
+        with evaluating(exact):
+            return next((name for name in names if not _matters(exact, name)), None)
+    except Exception:  # as above; such a layer has no equivalent
+        return None
+
+
+def _is_weight(name: str) -> bool:
+    """Tell weights and biases, and what weights are computed from where they are parametrized, from all else."""
+    parents, _, last = name.rpartition(".")
+    return name in ("weight", "bias") or (parents.startswith("parametrizations.") and last.startswith("original"))
+
+
+def _matters(exact: nn.Module, name: str) -> bool:
+    parameter, inputs = exact.get_parameter(name), _inputs(exact, batch=2, more=0)
+    value, before = parameter.clone(), exact(inputs)
+    parameter.add_(torch.randn_like(parameter))
+    after = exact(inputs)
+    parameter.copy_(value)
+    return not torch.equal(before, after)
+
+
 def _found(layer: nn.Module, exact: nn.Module) -> nn.Module | None:
     plain = new_layer(exact, layer_outputs(exact), bias=exact.bias is not None, dtype=torch.float64)
     if isinstance(exact.bias, Tensor) and isinstance(plain.bias, Tensor):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import bsdp
-from bsdp.equivalents import is_plain, plain_equivalent
+from bsdp.equivalents import idle_parameter, is_plain, plain_equivalent
 from tests.helpers.compare import relative_error
 
 
@@ -79,6 +79,31 @@ class WithAdapter(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs) + self.adapter(inputs)
+
+
+class LoRALinear(nn.Linear):
+    """Low-rank adapter as parameters of the layer itself; `second` starts as zeros."""
+
+    def __init__(self, *sizes: int, active: bool = True) -> None:
+        super().__init__(*sizes)
+        self.active = active
+        self.first = nn.Parameter(torch.randn(2, sizes[0]))
+        self.second = nn.Parameter(torch.zeros(sizes[1], 2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(inputs)
+        return outputs + inputs @ self.first.T @ self.second.T if self.active else outputs
+
+
+class LowRankPart(nn.Module):
+    """The same as a parametrization."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.zeros(outputs, 2))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.second @ self.first
 
 
 class Doubled(nn.Module):
@@ -162,6 +187,66 @@ def test_a_model_with_such_a_layer_is_decomposed_pruned_folded_and_saved(name: s
     bsdp.rebuild(rebuilt, bsdp.structure_of(model))
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(rebuilt(inputs), model(inputs))
+
+
+def trained(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def adapted(size: int) -> nn.Module:
+    layer = nn.Linear(size, size)
+    parametrize.register_parametrization(layer, "weight", LowRankPart(size, size))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: LoRALinear(8, 8), "second"),
+        (lambda: trained(LoRALinear(8, 8, active=False)), "first"),
+        (lambda: adapted(8), "parametrizations.weight.0.second"),
+    ],
+    ids=["fresh", "switched_off", "parametrization"],
+)
+def test_an_adapter_that_does_nothing_yet_is_not_lost(build: Callable[[], nn.Module], name: str) -> None:
+    model = nn.Sequential(build(), nn.Linear(8, 2))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert idle_parameter(model[0]) == name
+    reason = f"its parameter {name!r} does nothing yet, like a fresh adapter, and would be lost"
+    assert bsdp.decompose(model).skipped["0"] == reason
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [lambda: LoRALinear(8, 8), lambda: adapted(8)], ids=["direct", "parametrization"])
+def test_an_adapter_that_was_trained_is_part_of_the_weight(build: Callable[[], nn.Module]) -> None:
+    model, inputs = nn.Sequential(trained(build()), nn.Linear(8, 2)).double(), torch.randn(3, 8).double()
+    expected = model(inputs)
+    assert list(bsdp.decompose(model).replaced) == ["0"]
+    assert relative_error(model(inputs), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", HAVE_ONE)
+def test_gains_and_norms_of_weights_do_something(name: str) -> None:
+    layer = HAVE_ONE[name][0]()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    assert idle_parameter(layer) is None
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_weights_of_zero_are_no_adapter() -> None:
+    layer = parametrized(nn.Linear(8, 8))
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    assert idle_parameter(layer) is None
+
+
+def test_the_gain_of_a_library_does_something() -> None:
+    layers = pytest.importorskip("timm.layers")
+    for layer in (layers.ScaledStdConv2d(8, 8, 3), layers.ScaledStdConv2dSame(8, 8, 3), layers.StdConv2d(8, 8, 3)):
+        assert idle_parameter(layer) is None
+        assert plain_equivalent(layer) is not None
 
 
 def test_shared_parametrizations_are_left_alone() -> None:
