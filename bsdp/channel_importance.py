@@ -1,0 +1,327 @@
+"""Scores of channels by group: a class that collects, for the formulas in `bsdp.channel_criteria`.
+
+The terms of the first-order criteria come from the layers that read a group, in one of two exact ways: from the
+gradient of a reader's weight, which costs next to nothing, or from hooks at the readers' inputs where some weight of
+the group has no gradient (it is frozen, or the reader is a pair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp import channel_criteria as criteria
+from bsdp._checks import check_choice
+from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_watching import Readers, by_example, same_examples, trains, watch_gradients, watch_inputs
+from bsdp.compiling import uncompiled
+from bsdp.importance import NoScoresError
+from bsdp.layers import weight_of
+
+CRITERIA = (
+    "taylor_2016",
+    "taylor_2019",
+    "l1",
+    "l2",
+    "fpgm",
+    "bn_scale",
+    "activation_cumsum",
+    "channel_scaling",  # its scores are factors that train in the model, so `ChannelScores` does not know it
+    "random",
+)
+_SCORED = tuple(name for name in CRITERIA if name != "channel_scaling")
+
+
+class ChannelScores:
+    """Scores the channels of a model by group.
+
+    For criteria with `needs_gradients`, call `update` once per optimizer step, after the backward pass and before
+    clipping and stepping (unscaled under mixed precision). A step with a NaN or infinite term counts for nothing. For
+    those with `needs_hooks`, keep `collecting` open during some or all of the batches; a group that needs hooks counts
+    only the steps in which they saw something.
+
+    Args:
+        model: The model of the groups, plain or decomposed. Its own forward is what a batch calls.
+        groups: From `bsdp.channel_graph.channel_groups`.
+        criterion: ``"taylor_2016"``, ``"taylor_2019"``, ``"l1"``, ``"l2"``, ``"fpgm"``, ``"bn_scale"``,
+            ``"activation_cumsum"`` (mean activation; `bsdp.channel_criteria.kept_by_cumsum` cuts it) or ``"random"``.
+        normalize: ``"none"``, ``"l2"``, ``"mean"`` or ``"auto"``, per group; see
+            `bsdp.channel_criteria.normalize_scores`.
+        seed: Of ``"random"``, whose scores are drawn anew by every `compute`.
+
+    Raises:
+        ValueError: If an argument is not allowed, or ``"bn_scale"`` finds no batch norm.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Mapping[str, ChannelGroup],
+        *,
+        criterion: str,
+        normalize: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        check_choice("criterion", criterion, _SCORED)
+        check_choice("normalize", normalize, criteria.NORMALIZATIONS)
+        self.model, self.criterion, self.normalize = model, criterion, normalize
+        self._generator = torch.Generator().manual_seed(seed)
+        self.rebind(groups)
+        if criterion == "bn_scale" and not criteria.data_free_scores(model, groups, criterion):
+            raise ValueError(
+                "`criterion='bn_scale'` needs batch norm with a scale behind the channels, and this model has none: "
+                "choose l1 or taylor_2019."
+            )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `update` must be called with gradients in place."""
+        return self.criterion in ("taylor_2016", "taylor_2019")
+
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether `collecting` must be open on some batches."""
+        return self.criterion in ("taylor_2016", "activation_cumsum") or any(self._hooked())
+
+    def _hooked(self) -> list[bool]:
+        """Per group, whether its terms come from hooks."""
+        if self.criterion != "taylor_2019":
+            return [self.criterion == "taylor_2016"] * len(self.groups)
+        layers = self._readers.layers
+        return [not all(trains(layers[name]) for name in names) for names in self._readers.of_group]
+
+    def rebind(self, groups: Mapping[str, ChannelGroup]) -> None:
+        """Go on with the groups of the model as it is after a cut, and forget everything collected."""
+        self.groups = dict(groups)
+        self._readers = Readers(self.model, groups)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        self._sum: Tensor | None = None  # per unit; of "activation_cumsum" per input channel of the readers
+        self._steps: Tensor | None = None  # per group; of "activation_cumsum" examples per reader
+        self._pending: dict[int, dict[str, Tensor]] = {}  # from the hooks in the present step, by forward pass
+        self._settled: Tensor | None = None  # the same, per unit
+        self._seen: set[str] = set()
+        self._forwards = 0
+
+    def _zeros(self) -> tuple[Tensor, Tensor]:
+        readers, device = self._readers, next(self.model.parameters()).device
+        sizes = list(readers.widths.values()) if self.criterion == "activation_cumsum" else readers.sizes
+        return torch.zeros(sum(sizes), device=device), torch.zeros(len(sizes), device=device)
+
+    # --- collecting
+
+    @contextmanager
+    def collecting(self, scale: float = 1.0) -> Iterator[None]:
+        """Watch one batch, forward and backward, inside the ``with`` block.
+
+        Args:
+            scale: What the loss is multiplied by under mixed precision; gradients are divided by it.
+        """
+        handles = self.attach(scale)
+        try:
+            with uncompiled():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._settle()
+
+    def attach(self, scale: float = 1.0) -> list[Any]:
+        """Add the hooks and return their handles, for callers whose start and end are different events.
+
+        Compiled graphs do not call hooks that were added later: run such a model in `bsdp.compiling.uncompiled`.
+        """
+        layers = self._readers.layers
+        if self.criterion == "activation_cumsum":
+            return [watch_inputs(layer, self._activation_sink(name)) for name, layer in layers.items()]
+        if not self.needs_gradients:
+            return []
+        chosen = {
+            name: None
+            for names, hooked in zip(self._readers.of_group, self._hooked(), strict=True)
+            for name in names
+            if hooked
+        }
+        handles: list[Any] = [watch_gradients(layers[name], self._gradient_sink(name, scale)) for name in chosen]
+        if self.criterion == "taylor_2016":
+            handles.append(self.model.register_forward_pre_hook(self._count_forward))
+        return handles
+
+    def _count_forward(self, *_: Any) -> None:
+        self._forwards += 1
+
+    def _gradient_sink(self, name: str, scale: float) -> Callable[[], Callable[[Tensor, Tensor], None]]:
+        layer, per_example = self._readers.layers[name], self.criterion == "taylor_2016"
+
+        def start() -> Callable[[Tensor, Tensor], None]:
+            # Bound in the forward pass: a backward that comes after a reset writes to what is forgotten.
+            pending, forward = self._pending, self._forwards
+
+            def add(inputs: Tensor, gradient: Tensor) -> None:
+                terms = by_example(layer, inputs) * by_example(layer, gradient)
+                value = (terms.mean(1) if per_example else terms.sum((0, 1))) / scale
+                values = pending.setdefault(forward, {})
+                values[name] = values[name] + value if name in values else value
+
+            return add
+
+        return start
+
+    def _activation_sink(self, name: str) -> Callable[[Tensor], None]:
+        readers = self._readers
+        layer, start = readers.layers[name], readers.offsets[name]
+        number = list(readers.layers).index(name)
+
+        def add(inputs: Tensor) -> None:
+            if readers is not self._readers:
+                return  # hooks from before a cut
+            if self._sum is None or self._steps is None:
+                self._sum, self._steps = self._zeros()
+            values = by_example(layer, inputs.detach()).relu().mean(1)
+            finite = values.isfinite().all()
+            self._sum[start : start + values.shape[1]] += torch.where(finite, values.sum(0), 0.0)
+            self._steps[number] += finite * len(values)
+
+        return add
+
+    def _settle(self) -> None:
+        """Bring what the hooks saw to one term per unit, summed over examples for "taylor_2016"."""
+        if self.criterion == "taylor_2016":
+            for values in self._pending.values():
+                flat = self._readers.flat(same_examples(values))
+                terms = criteria.taylor_2016(self._readers.units(flat, mean=True))
+                self._settled = terms if self._settled is None else self._settled + terms
+                self._seen.update(values)
+            self._pending = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the terms of one optimizer step: of the gradients that stand now, and of what the hooks saw."""
+        if not self.needs_gradients:
+            return
+        self._settle()
+        value, seen = self._whole_batch() if self.criterion == "taylor_2019" else (self._settled, self._seen_groups())
+        self._pending, self._settled, self._seen = {}, None, set()
+        if value is None or not any(seen):
+            return  # a step that did not concern these layers, or was not watched
+        finite = value.isfinite().all()
+        value = torch.where(finite, value, 0.0)
+        steps = finite * torch.tensor(seen, dtype=torch.float32).to(value.device, non_blocking=True)
+        self._sum = value if self._sum is None else self._sum + value
+        self._steps = steps if self._steps is None else self._steps + steps
+
+    def _seen_groups(self) -> list[bool]:
+        return [any(name in self._seen for name in names) for names in self._readers.of_group]
+
+    def _whole_batch(self) -> tuple[Tensor | None, list[bool]]:
+        """Squared terms per unit and which groups have any, from weights and hooks."""
+        readers, hooked = self._readers, self._hooked()
+        by_weight = {name for names, hook in zip(readers.of_group, hooked, strict=True) if not hook for name in names}
+        weights = {
+            name: criteria.reader_terms(layer)
+            for name, layer in readers.layers.items()
+            if name in by_weight and weight_of(layer).grad is not None
+        }
+        hooks = self._pending.get(0, {})
+        terms = [readers.units(readers.flat(values)) if values else None for values in (weights, hooks)]
+        seen = [
+            any(name in (hooks if hook else weights) for name in names)
+            for names, hook in zip(readers.of_group, hooked, strict=True)
+        ]
+        if terms[0] is None or terms[1] is None:
+            total = terms[0] if terms[1] is None else terms[1]
+            return (None if total is None else criteria.taylor_2019(total)), seen
+        mask = torch.tensor(hooked).repeat_interleave(torch.tensor(readers.sizes)).to(terms[0].device)
+        return criteria.taylor_2019(torch.where(mask, terms[1], terms[0])), seen
+
+    # --- results
+
+    @torch.no_grad()
+    def compute(self) -> dict[str, Tensor]:
+        """Score every unit.
+
+        Returns:
+            ``{group name: [units]}``, float32. Groups that have nothing to score by are left out: without batch norm
+            for ``"bn_scale"``, or whose readers took no part in any step.
+
+        Raises:
+            NoScoresError: If nothing finite was collected, or a score is NaN or infinite.
+        """
+        scores = {
+            name: criteria.normalize_scores(score, self.normalize, criterion=self.criterion).float()
+            for name, score in self._compute().items()
+        }
+        if not scores:
+            raise NoScoresError(self._advice())
+        broken = next((name for name, score in scores.items() if not score.isfinite().all()), None)
+        if broken is not None:
+            raise NoScoresError(f"scores are NaN or infinite (first in group {broken!r}): the loss is exploding.")
+        return scores
+
+    def _advice(self) -> str:
+        hooks = " with `collecting` open during some batches" if self.needs_hooks else ""
+        if self.needs_gradients:
+            return f"no finite gradient was accumulated: call `update` after each backward pass{hooks}."
+        return f"no finite activation was seen: run the model{hooks}."
+
+    def _compute(self) -> dict[str, Tensor]:
+        if self.criterion == "random":
+            return {name: torch.rand(group.size, generator=self._generator) for name, group in self.groups.items()}
+        if self.criterion in criteria.DATA_FREE:
+            return criteria.data_free_scores(self.model, self.groups, self.criterion)
+        if self._sum is None or self._steps is None:
+            return {}
+        if self.criterion == "activation_cumsum":
+            return self._activations(self._sum, self._steps)
+        parts = zip(self.groups, torch.split(self._sum, self._readers.sizes), self._steps, strict=True)
+        return {name: total / steps for name, total, steps in parts if steps > 0}
+
+    def _activations(self, sums: Tensor, examples: Tensor) -> dict[str, Tensor]:
+        readers = self._readers
+        counts = examples.repeat_interleave(torch.tensor(list(readers.widths.values()), device=examples.device))
+        seen = readers.units((counts > 0).float(), mean=True)  # readers that took part, per unit
+        means = readers.units(torch.where(counts > 0, sums / counts, 0.0), mean=True) / seen
+        parts = zip(self.groups, torch.split(means, readers.sizes), torch.split(seen, readers.sizes), strict=True)
+        return {name: mean for name, mean, number in parts if (number > 0).all()}
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums by their mean over processes, so that all of them take the same decision."""
+        if not self.needs_gradients and self.criterion != "activation_cumsum":
+            return
+        # A process without any finite step joins with zeros: all must make the same calls.
+        sums, steps = self._zeros()
+        self._sum = reduce(sums if self._sum is None else self._sum)
+        self._steps = reduce(steps if self._steps is None else self._steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, to be taken between optimizer steps."""
+        return {
+            "criterion": self.criterion,
+            "sizes": {name: group.size for name, group in self.groups.items()},
+            "sum": None if self._sum is None else self._sum.clone(),
+            "steps": None if self._steps is None else self._steps.clone(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; criterion and groups must be those it was taken with."""
+        if state["criterion"] != self.criterion:
+            raise ValueError(
+                f"the saved scores are of the criterion {state['criterion']!r}, these of {self.criterion!r}."
+            )
+        if state["sizes"] != {name: group.size for name, group in self.groups.items()}:
+            raise ValueError(
+                "the saved channel scores belong to a model of other groups: `rebind` to its groups first."
+            )
+        self.reset()
+        like, _ = self._zeros()
+        self._sum, self._steps = (
+            None if state[k] is None else state[k].to(like.device, copy=True) for k in ("sum", "steps")
+        )
+        self._generator.set_state(state["generator"].cpu())

@@ -1,0 +1,179 @@
+"""What passes from layers to the scores of channels: gradients at the inputs of readers, and sums over units.
+
+Layout: the input channels of all readers stand side by side in one flat axis, in the order of `Readers.layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp.channel_graph import ChannelGroup
+from bsdp.layers import BasisPair, spatial_dims, weight_of
+
+Sink = Callable[[Tensor, Tensor], None]
+
+
+class Readers:
+    """All layers that read the channels of some groups, and where their inputs belong.
+
+    Args:
+        model: The model of the groups.
+        groups: The groups, by name.
+    """
+
+    def __init__(self, model: nn.Module, groups: Mapping[str, ChannelGroup]) -> None:
+        names = dict.fromkeys(member.layer for group in groups.values() for member in group.sides("in"))
+        self.layers = {name: model.get_submodule(name) for name in names}
+        self.widths = {name: input_channels(layer) for name, layer in self.layers.items()}
+        self.offsets = dict(zip(self.widths, _starts(self.widths.values()), strict=True))
+        self.of_group = [[member.layer for member in group.sides("in")] for group in groups.values()]
+        self.sizes = [group.size for group in groups.values()]
+        self._plan: list[Tensor] = []
+        self._rows = self._layout(groups)
+
+    def _layout(self, groups: Mapping[str, ChannelGroup]) -> Tensor:
+        """Positions per unit and reader, by their number, and which of these belong to each unit, padded with -1."""
+        by_count: dict[int, list[tuple[int, int, Tensor]]] = {}
+        for number, group in enumerate(groups.values()):
+            for place, member in enumerate(group.sides("in")):
+                index = member.index.cpu() + self.offsets[member.layer]
+                by_count.setdefault(index.shape[1], []).append((number, place, index))
+        starts = _starts(self.sizes)
+        most = max((len(names) for names in self.of_group), default=1)
+        rows = torch.full((sum(self.sizes), most), -1)
+        row = 0
+        for entries in by_count.values():
+            self._plan.append(torch.cat([index for _, _, index in entries]))
+            for number, place, index in entries:
+                units = torch.arange(row, row + len(index))
+                rows[starts[number] : starts[number] + len(index), place] = units
+                row += len(index)
+        return torch.where(rows < 0, row, rows)
+
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values per reader, ``[..., input channels]`` each, side by side; zeros for readers without."""
+        like = next(iter(values.values()))
+        shape = like.shape[:-1]
+        return torch.cat([values.get(n, like.new_zeros(())).expand(*shape, w) for n, w in self.widths.items()], -1)
+
+    def units(self, flat: Tensor, *, mean: bool = False) -> Tensor:
+        """Sum over the readers of each unit, ``[..., all channels]`` to ``[..., all units]``.
+
+        Always in the same order, so that the same run gives the same scores.
+
+        Args:
+            flat: From `flat`.
+            mean: Whether to take the mean of a reader's positions of one unit (after a flatten) and not the sum.
+        """
+        if self._rows.device != flat.device:
+            self._plan = [index.to(flat.device) for index in self._plan]
+            self._rows = self._rows.to(flat.device)
+        parts = [flat[..., index] for index in self._plan]
+        parts = [part.mean(-1) if mean else part.sum(-1) for part in parts]
+        parts.append(flat.new_zeros(*flat.shape[:-1], 1))  # what the padding points at
+        return torch.cat(parts, -1)[..., self._rows].sum(-1)
+
+
+def input_channels(layer: nn.Module) -> int:
+    """Input channels or features of a layer or pair."""
+    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    starts, total = [], 0
+    for size in sizes:
+        starts.append(total)
+        total += size
+    return starts
+
+
+def trains(layer: nn.Module) -> bool:
+    """Whether the gradient of a reader's weight tells its terms: it is a plain layer that trains."""
+    if isinstance(layer, BasisPair):
+        return False
+    weight = weight_of(layer)
+    return weight.is_leaf and weight.requires_grad
+
+
+def by_example(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs of a layer as ``[examples, positions, channels]`` in float32 at least; channels are last for linear."""
+    dims = layer.scaling.dims if isinstance(layer, BasisPair) else spatial_dims(layer)
+    inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).movedim(inputs.dim() - 1 - dims, -1)
+    if inputs.dim() == 1 or inputs.dim() == dims + 1:  # no batch axis
+        inputs = inputs[None]
+    return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+
+
+def same_examples(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring ``[examples, channels]`` per reader to as many examples; some layers see several windows of each.
+
+    Raises:
+        ValueError: If the readers' first axes do not fit together.
+    """
+    examples = min(len(value) for value in values.values())
+    odd = next((name for name, value in values.items() if len(value) % examples), None)
+    if odd is not None:
+        raise ValueError(
+            f"`criterion='taylor_2016'` needs the batch on the first axis of every layer's input, but layer {odd!r} "
+            f"has {len(values[odd])} there and another one {examples}: choose taylor_2019."
+        )
+    return {name: value.view(examples, -1, value.shape[-1]).mean(1) for name, value in values.items()}
+
+
+class _Watch(torch.autograd.Function):
+    """Hands on its input, and shows it with its gradient to `sink`; only what passes through here counts."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, sink: Sink) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.sink = sink
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (inputs,) = ctx.saved_tensors
+        ctx.sink(inputs.detach(), gradients[0].detach())
+        return gradients[0], None
+
+
+def watch_gradients(layer: nn.Module, sink: Callable[[], Sink]) -> Any:
+    """Show every input of a layer with the gradient it gets from this layer alone; returns the hook's handle.
+
+    Args:
+        layer: Any layer or pair.
+        sink: Called in each forward pass; what it returns gets the input and the gradient in the backward pass.
+    """
+
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+
+        def watched(inputs: Tensor) -> Tensor:
+            # Below only frozen layers nothing would ask for this gradient.
+            inputs = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+            result: Tensor = _Watch.apply(inputs, sink())
+            return result
+
+        return _replace_first(arguments, named, watched)
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def watch_inputs(layer: nn.Module, sink: Callable[[Tensor], None]) -> Any:
+    """Show every input of a layer; returns the hook's handle."""
+
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sink(arguments[0] if arguments else next(iter(named.values())))
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _replace_first(arguments: tuple[Any, ...], named: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+    if arguments:
+        return (change(arguments[0]), *arguments[1:]), named
+    key = next(iter(named))
+    return arguments, {**named, key: change(named[key])}
