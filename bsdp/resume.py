@@ -81,11 +81,9 @@ class RunState(Callback):
         """Do what was about to happen."""
         for index, value in self._state.pop("plateau", {}).items():
             trainer.lr_scheduler_configs[index].scheduler.step(value)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not self._state or not isinstance(callback, EarlyStopping):
-                continue
-            if callback.wait_count >= callback.patience or callback.stopped_epoch:  # by patience, or by a threshold
-                trainer.should_stop = True
+        callbacks = trainer.callbacks if self._state else []  # type: ignore[attr-defined]
+        if any(isinstance(callback, EarlyStopping) and _has_stopped(callback) for callback in callbacks):
+            trainer.should_stop = True
         self._state = {}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +101,12 @@ class RunState(Callback):
         for name, value, count in self._sums.values():
             pl_module.log(name, value if count is None else value / count)
         self._sums = {}
+
+
+def _has_stopped(callback: EarlyStopping) -> bool:
+    # By patience or by a threshold; an epoch of 0 is also that of a callback which has not stopped.
+    reason = getattr(callback, "stopping_reason_message", None)  # not there before lightning 2.6
+    return callback.wait_count >= callback.patience or bool(callback.stopped_epoch) or reason is not None
 
 
 def _metrics_text(trainer: Trainer) -> str | None:

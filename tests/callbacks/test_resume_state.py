@@ -178,18 +178,27 @@ def test_a_run_that_had_stopped_is_finished_and_not_trained_further(tmp_path: Pa
     )
 
 
-def test_early_stopping_stays(tmp_path: Path) -> None:
-    values = [0.9, 0.9, 0.9, 0.9, 0.9]
-
+@pytest.mark.filterwarnings("ignore:training ended after 0 of 1 pruning rounds")
+@pytest.mark.parametrize(
+    ("values", "settings", "epochs"),
+    [
+        ([0.9] * 5, {"patience": 2}, 3),
+        ([0.9, 0.96, 0.9, 0.9, 0.9], {"stopping_threshold": 0.95}, 2),
+        ([0.96, 0.9, 0.9, 0.9, 0.9], {"stopping_threshold": 0.95}, 1),
+    ],
+    ids=["patience", "threshold", "threshold_at_once"],
+)
+def test_early_stopping_stays(tmp_path: Path, values: list[float], settings: dict[str, Any], epochs: int) -> None:
     def parts() -> list[Callback]:
-        return [EarlyStopping("val_accuracy", mode="max", patience=2), RunState(), LastCheckpoint()]
+        stopping = EarlyStopping("val_accuracy", mode="max", **{"patience": 5, **settings})
+        return [stopping, RunState(), LastCheckpoint()]
 
     prune = {"rounds": 1, "tolerance": None}
     with pytest.raises(Stopped):
-        fit(tmp_path, *parts(), StopAt("on_train_end", 3), learner={"values": values}, prune=prune)
+        fit(tmp_path, *parts(), StopAt("on_train_end", epochs), learner={"values": values}, prune=prune)
     (last,) = tmp_path.rglob("last.ckpt")
     _, resumed, trainer = fit(tmp_path, *parts(), learner={"values": values}, prune=prune, ckpt=last)
-    assert trainer.global_step == 9 and resumed.checkpoint_path is not None
+    assert trainer.global_step == 3 * epochs and resumed.checkpoint_path is not None
 
 
 def test_epochs_that_are_added_train_the_final_structure(tmp_path: Path) -> None:
