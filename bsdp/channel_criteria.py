@@ -71,10 +71,11 @@ def taylor_2016(terms: Tensor) -> Tensor:
 def unit_filters(model: nn.Module, group: ChannelGroup) -> Tensor:
     """The weights that make each unit, of all layers that write to the group side by side, ``[units, weights]``.
 
-    Depthwise convolutions only pass channels on and are left out; the weight of a pair is its product.
+    Depthwise convolutions only pass channels on and are left out, but where nothing else makes the channels. The weight
+    of a pair is its product.
     """
     parts = []
-    for member in group.sides("out"):
+    for member in list(group.sides("out")) or group.sides("both"):
         layer = model.get_submodule(member.layer)
         matrix = layer.product if isinstance(layer, BasisPair) else matrix_of(layer)
         rows = to_float64(matrix.detach()).flatten(0, 1)  # [output channels, fan in]

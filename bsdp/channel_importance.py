@@ -1,9 +1,4 @@
-"""Scores of channels by group: a class that collects, for the formulas in `bsdp.channel_criteria`.
-
-The terms of the first-order criteria come from the layers that read a group, in one of two exact ways: from the
-gradient of a reader's weight, which costs next to nothing, or from hooks at the readers' inputs where some weight of
-the group has no gradient (it is frozen, or the reader is a pair).
-"""
+"""Scores of channels by group: a class that collects, for the formulas in `bsdp.channel_criteria`."""
 
 from __future__ import annotations
 
@@ -17,10 +12,10 @@ from torch import Tensor, nn
 from bsdp import channel_criteria as criteria
 from bsdp._checks import check_choice
 from bsdp.channel_graph import ChannelGroup
-from bsdp.channel_watching import Readers, by_example, same_examples, trains, watch_gradients, watch_inputs
+from bsdp.channel_terms import StepTerms
+from bsdp.channel_watching import Readers, by_example, watch_inputs
 from bsdp.compiling import uncompiled
 from bsdp.importance import NoScoresError
-from bsdp.layers import weight_of
 
 CRITERIA = (
     "taylor_2016",
@@ -85,29 +80,20 @@ class ChannelScores:
     @property
     def needs_hooks(self) -> bool:
         """Whether `collecting` must be open on some batches."""
-        return self.criterion in ("taylor_2016", "activation_cumsum") or any(self._hooked())
-
-    def _hooked(self) -> list[bool]:
-        """Per group, whether its terms come from hooks."""
-        if self.criterion != "taylor_2019":
-            return [self.criterion == "taylor_2016"] * len(self.groups)
-        layers = self._readers.layers
-        return [not all(trains(layers[name]) for name in names) for names in self._readers.of_group]
+        return self.criterion == "activation_cumsum" or (self.needs_gradients and any(self._terms.hooked()))
 
     def rebind(self, groups: Mapping[str, ChannelGroup]) -> None:
         """Go on with the groups of the model as it is after a cut, and forget everything collected."""
         self.groups = dict(groups)
         self._readers = Readers(self.model, groups)
+        self._terms = StepTerms(self._readers, per_example=self.criterion == "taylor_2016")
         self.reset()
 
     def reset(self) -> None:
         """Forget everything collected."""
+        self._terms.clear()
         self._sum: Tensor | None = None  # per unit; of "activation_cumsum" per input channel of the readers
         self._steps: Tensor | None = None  # per group; of "activation_cumsum" examples per reader
-        self._pending: dict[int, dict[str, Tensor]] = {}  # from the hooks in the present step, by forward pass
-        self._settled: Tensor | None = None  # the same, per unit
-        self._seen: set[str] = set()
-        self._forwards = 0
 
     def _zeros(self) -> tuple[Tensor, Tensor]:
         readers, device = self._readers, next(self.model.parameters()).device
@@ -130,48 +116,17 @@ class ChannelScores:
         finally:
             for handle in handles:
                 handle.remove()
-            self._settle()
+        self._terms.settle()
 
     def attach(self, scale: float = 1.0) -> list[Any]:
         """Add the hooks and return their handles, for callers whose start and end are different events.
 
         Compiled graphs do not call hooks that were added later: run such a model in `bsdp.compiling.uncompiled`.
         """
-        layers = self._readers.layers
         if self.criterion == "activation_cumsum":
+            layers = self._readers.layers
             return [watch_inputs(layer, self._activation_sink(name)) for name, layer in layers.items()]
-        if not self.needs_gradients:
-            return []
-        chosen = {
-            name: None
-            for names, hooked in zip(self._readers.of_group, self._hooked(), strict=True)
-            for name in names
-            if hooked
-        }
-        handles: list[Any] = [watch_gradients(layers[name], self._gradient_sink(name, scale)) for name in chosen]
-        if self.criterion == "taylor_2016":
-            handles.append(self.model.register_forward_pre_hook(self._count_forward))
-        return handles
-
-    def _count_forward(self, *_: Any) -> None:
-        self._forwards += 1
-
-    def _gradient_sink(self, name: str, scale: float) -> Callable[[], Callable[[Tensor, Tensor], None]]:
-        layer, per_example = self._readers.layers[name], self.criterion == "taylor_2016"
-
-        def start() -> Callable[[Tensor, Tensor], None]:
-            # Bound in the forward pass: a backward that comes after a reset writes to what is forgotten.
-            pending, forward = self._pending, self._forwards
-
-            def add(inputs: Tensor, gradient: Tensor) -> None:
-                terms = by_example(layer, inputs) * by_example(layer, gradient)
-                value = (terms.mean(1) if per_example else terms.sum((0, 1))) / scale
-                values = pending.setdefault(forward, {})
-                values[name] = values[name] + value if name in values else value
-
-            return add
-
-        return start
+        return self._terms.attach(self.model, scale) if self.needs_gradients else []
 
     def _activation_sink(self, name: str) -> Callable[[Tensor], None]:
         readers = self._readers
@@ -190,24 +145,12 @@ class ChannelScores:
 
         return add
 
-    def _settle(self) -> None:
-        """Bring what the hooks saw to one term per unit, summed over examples for "taylor_2016"."""
-        if self.criterion == "taylor_2016":
-            for values in self._pending.values():
-                flat = self._readers.flat(same_examples(values))
-                terms = criteria.taylor_2016(self._readers.units(flat, mean=True))
-                self._settled = terms if self._settled is None else self._settled + terms
-                self._seen.update(values)
-            self._pending = {}
-
     @torch.no_grad()
     def update(self) -> None:
         """Add the terms of one optimizer step: of the gradients that stand now, and of what the hooks saw."""
         if not self.needs_gradients:
             return
-        self._settle()
-        value, seen = self._whole_batch() if self.criterion == "taylor_2019" else (self._settled, self._seen_groups())
-        self._pending, self._settled, self._seen = {}, None, set()
+        value, seen = self._terms.take()
         if value is None or not any(seen):
             return  # a step that did not concern these layers, or was not watched
         finite = value.isfinite().all()
@@ -215,30 +158,6 @@ class ChannelScores:
         steps = finite * torch.tensor(seen, dtype=torch.float32).to(value.device, non_blocking=True)
         self._sum = value if self._sum is None else self._sum + value
         self._steps = steps if self._steps is None else self._steps + steps
-
-    def _seen_groups(self) -> list[bool]:
-        return [any(name in self._seen for name in names) for names in self._readers.of_group]
-
-    def _whole_batch(self) -> tuple[Tensor | None, list[bool]]:
-        """Squared terms per unit and which groups have any, from weights and hooks."""
-        readers, hooked = self._readers, self._hooked()
-        by_weight = {name for names, hook in zip(readers.of_group, hooked, strict=True) if not hook for name in names}
-        weights = {
-            name: criteria.reader_terms(layer)
-            for name, layer in readers.layers.items()
-            if name in by_weight and weight_of(layer).grad is not None
-        }
-        hooks = self._pending.get(0, {})
-        terms = [readers.units(readers.flat(values)) if values else None for values in (weights, hooks)]
-        seen = [
-            any(name in (hooks if hook else weights) for name in names)
-            for names, hook in zip(readers.of_group, hooked, strict=True)
-        ]
-        if terms[0] is None or terms[1] is None:
-            total = terms[0] if terms[1] is None else terms[1]
-            return (None if total is None else criteria.taylor_2019(total)), seen
-        mask = torch.tensor(hooked).repeat_interleave(torch.tensor(readers.sizes)).to(terms[0].device)
-        return criteria.taylor_2019(torch.where(mask, terms[1], terms[0])), seen
 
     # --- results
 

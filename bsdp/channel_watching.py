@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.channel_graph import ChannelGroup
-from bsdp.layers import BasisPair, spatial_dims, weight_of
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -93,35 +92,17 @@ def _starts(sizes: Iterable[int]) -> list[int]:
 
 def trains(layer: nn.Module) -> bool:
     """Whether the gradient of a reader's weight tells its terms: it is a plain layer that trains."""
-    if isinstance(layer, BasisPair):
-        return False
-    weight = weight_of(layer)
-    return weight.is_leaf and weight.requires_grad
+    weight = layer._parameters.get("weight")  # not `.weight`: that of a pair or a parametrization is made when read
+    return weight is not None and weight.requires_grad
 
 
 def by_example(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs of a layer as ``[examples, positions, channels]`` in float32 at least; channels are last for linear."""
-    dims = layer.scaling.dims if isinstance(layer, BasisPair) else spatial_dims(layer)
+    dims = len(getattr(layer, "kernel_size", ()))
     inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).movedim(inputs.dim() - 1 - dims, -1)
-    if inputs.dim() == 1 or inputs.dim() == dims + 1:  # no batch axis
+    if inputs.dim() == dims + 1:  # no batch axis
         inputs = inputs[None]
     return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-
-
-def same_examples(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring ``[examples, channels]`` per reader to as many examples; some layers see several windows of each.
-
-    Raises:
-        ValueError: If the readers' first axes do not fit together.
-    """
-    examples = min(len(value) for value in values.values())
-    odd = next((name for name, value in values.items() if len(value) % examples), None)
-    if odd is not None:
-        raise ValueError(
-            f"`criterion='taylor_2016'` needs the batch on the first axis of every layer's input, but layer {odd!r} "
-            f"has {len(values[odd])} there and another one {examples}: choose taylor_2019."
-        )
-    return {name: value.view(examples, -1, value.shape[-1]).mean(1) for name, value in values.items()}
 
 
 class _Watch(torch.autograd.Function):
