@@ -36,8 +36,9 @@ class OutputMoments:
             batched = output if output.dim() == dims + 2 else output.unsqueeze(0)
             columns = batched.transpose(0, 1).flatten(1).T
         columns = columns.detach().float()
-        if isinstance(layer.bias, Tensor):
-            columns = columns - layer.bias.detach().float()
+        bias = layer.scaling.bias if isinstance(layer, BasisPair) else layer.bias  # a pair notes who reads its own
+        if isinstance(bias, Tensor):
+            columns = columns - bias.detach().float()
         name = self._names[layer]
         moment = columns.T @ columns
         self._sums[name] = self._sums[name] + moment.double() if name in self._sums else moment.double()

@@ -71,6 +71,14 @@ def test_truncation_error_is_never_above_that_of_plain_svd() -> None:
         assert errors[1] <= errors[0] * (1 + 1e-3)
 
 
+def test_moments_are_no_use_that_keeps_a_layer_whole() -> None:
+    model = decomposed(make_net("conv"))
+    for pair in bsdp.named_pairs(model).values():
+        pair.watched = True
+    collect_output_moments(model, [make_input("conv")])
+    assert not any(pair.whole for pair in bsdp.named_pairs(model).values())
+
+
 def test_pruned_pairs_are_refused() -> None:
     model = decomposed(make_net("conv"))
     moments = collect_output_moments(model, [make_input("conv")])
