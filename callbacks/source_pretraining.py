@@ -125,14 +125,14 @@ class SourcePretraining(Callback):
 
     def _pretrain(self, trainer: Trainer, network: nn.Module, head: str) -> None:
         data = cast(SourceData, trainer.datamodule)  # type: ignore[attr-defined]
-        started = time.monotonic()
         loader = data.source_train_dataloader()
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         epochs, steps = (1, 1) if dry else (self.epochs, len(loader))
         rank_zero_info(
-            f"bsdp: pretraining on {len(loader.sampler):,} source images of {data.source_num_classes} classes, picked "
-            f"in {time.monotonic() - started:.0f} s"
+            f"bsdp: pretraining on {len(loader.sampler):,} source images of {data.source_num_classes} classes, "
+            f"{epochs} epochs of {steps} batches"
         )
+        started = time.monotonic()
 
         def batches(epoch: int) -> Iterator[Batch]:
             if hasattr(loader.sampler, "set_epoch"):
