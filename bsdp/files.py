@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
 from bsdp.fitting import check_names_and_shapes, check_values, expected_state, meta_layer
@@ -42,8 +42,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         ValueError: If the model is itself a pair, or `metadata` uses a name that the format needs.
         TypeError: If `metadata` holds values that JSON cannot.
     """
-    from safetensors.torch import save_file
-
     reserved = sorted({"format_version", "layers"} & (metadata or {}).keys())
     if reserved:
         raise ValueError(f"`metadata` must not have the key {reserved[0]!r}, which the format uses itself.")
@@ -57,11 +55,24 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     if broken:
         warnings.warn(f"{broken[0]!r} holds NaN: `bsdp.load` will refuse {os.fspath(path)}.", stacklevel=2)
     header = {"format_version": FORMAT_VERSION, "layers": plan, **(metadata or {})}
+    return write_tensors(path, unique, metadata={"bsdp": json.dumps(header), "format": "pt"})
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> Path:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: Target; an existing file is replaced.
+        tensors: On the CPU, contiguous, none of them twice.
+        metadata: The file's own.
+    """
+    from safetensors.torch import save_file
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(unique, partial, metadata={"bsdp": json.dumps(header), "format": "pt"})
+        save_file(tensors, partial, metadata=metadata)
         partial.chmod(0o666 & ~_umask())  # the library makes files that nobody else can read
         os.replace(partial, path)
     finally:
