@@ -1,0 +1,227 @@
+"""Compare methods on one task: the same network, data, epochs and seeds for all of them, one run after another.
+
+    python benchmarks/compare.py --task fashion_mnist --methods basis,finetune+prune_tuned --seeds 0,1,2 --epochs 12
+    python benchmarks/compare.py --show benchmarks/results/compare_*/results.json
+
+A task is a file in benchmarks/tasks (or a path): network, data, epochs. A method is a file in configs/experiment (or a
+path), of which only the method is taken; `a+b` runs `b` on the weights that `a` left, half of the epochs each.
+`finetune`, all weights trained and nothing removed, is always among them: the unpruned network to compare with.
+
+Further options change the task for all methods alike, a value each:
+  --data.NAME, --model.NAME, --trainer.NAME   as on the command line of the project: --data.samples_per_class 100
+  --callbacks.CLASS.NAME                      of a callback, in the methods that have it:
+                                              --callbacks.IterativeBasisPruning.target 0.5
+
+Before the first run every method is tried on one batch. The folder --output gets
+
+  results.json   a row for every run; those in it are not repeated, failed ones are tried again
+  table.md       mean and spread over the seeds
+  pareto.png     accuracy against parameters and MACs kept
+  configs/       the configuration of every method; other settings need another --output
+  logs/          what the runs printed
+
+and logs/compare/... the run folders. A comparison that was stopped goes on with the same command; the run that was
+interrupted starts anew, in a fresh folder. Run the commands from anywhere; data sets are found through BSDP_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# As a script: modules are looked up from the root, and benchmarks/coverage.py must not hide the package `coverage`.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve() != ROOT / "benchmarks")]
+
+from benchmarks import _runs  # noqa: E402
+from benchmarks._methods import EXPERIMENTS, TASKS, Method, build_methods, read_task  # noqa: E402
+from benchmarks._session import Display, alone_in  # noqa: E402
+from benchmarks._tables import finished, markdown, read_rows, show, write_report, write_rows, write_text  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is asked for.
+
+    Attributes:
+        task: Name of the task.
+        methods: Fine-tuning first.
+        seeds: Seeds of every method.
+        folder: Where the results go.
+    """
+
+    task: str
+    methods: list[Method]
+    seeds: list[int]
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        """File of the rows."""
+        return self.folder / "results.json"
+
+    def configs(self, method: Method) -> tuple[Path, ...]:
+        """Files of a method's stages."""
+        names = [method.name] if len(method.stages) == 1 else [f"{method.name}.{i}" for i in range(len(method.stages))]
+        return tuple(self.folder / "configs" / f"{name}.yaml" for name in names)
+
+    def missing(self) -> list[tuple[Method, int]]:
+        """Runs that have no result yet, seed by seed, so that a part of the comparison is already one."""
+        done = {(row["method"], row["seed"]) for row in read_rows(self.results) if finished(row)}
+        return [(m, seed) for seed in self.seeds for m in self.methods if (m.name, seed) not in done]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Parse the command line, then show or compare."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    if options.show:
+        show(options.show)
+        return 0
+    try:
+        with alone_in((comparison := _comparison(options, _overrides(rest))).folder) as handles:
+            write_configs(comparison)
+            try_all(comparison, handles)
+            return run_all(comparison, handles)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    tasks, methods = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (TASKS, EXPERIMENTS))
+    parser.add_argument("--task", help=f"one of {tasks}, or a path")
+    parser.add_argument("--methods", default="", help=f"with commas between them; of {methods}, or paths")
+    parser.add_argument("--seeds", default="0,1,2", help="whole numbers with commas between them (default: 0,1,2)")
+    parser.add_argument("--epochs", type=int, help="epochs of every run (default: those of the task)")
+    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/compare_TASK)")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="print the table of results, run nothing")
+    return parser
+
+
+def _overrides(words: list[str]) -> dict[str, Any]:
+    """Values by dotted name, from ``--a.b value`` and ``--a.b=value``."""
+    values: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"unexpected {word!r}: options are --NAME VALUE; see --help.")
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f"`{name}` needs a value.")
+        values[name[2:]] = yaml.safe_load(given)
+    return values
+
+
+def _comparison(options: argparse.Namespace, overrides: dict[str, Any]) -> Comparison:
+    if not options.task:
+        raise ValueError(f"`--task` is missing: one of {', '.join(sorted(p.stem for p in TASKS.glob('*.yaml')))}.")
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`--seeds` must be different whole numbers from 0 on, such as 0,1,2, got {options.seeds!r}.")
+    task = read_task(options.task, overrides, options.epochs)
+    methods = build_methods([name for name in options.methods.split(",") if name], task)
+    name = Path(options.task).stem
+    folder = options.output or ROOT / "benchmarks" / "results" / f"compare_{name}"
+    return Comparison(name, methods, seeds, folder.resolve())
+
+
+def write_configs(comparison: Comparison) -> None:
+    """Write the methods' configurations; refuse others than those of the rows that are there already."""
+    done = {row["method"] for row in read_rows(comparison.results) if finished(row)}
+    for method in comparison.methods:
+        for path, stage in zip(comparison.configs(method), method.stages, strict=True):
+            text = f"# Made by benchmarks/compare.py: {method.name} on {comparison.task}.\n"
+            text += yaml.safe_dump(stage, sort_keys=False)
+            if path.is_file() and path.read_text(encoding="utf-8") != text and method.name in done:
+                raise ValueError(
+                    f"`--output`: {comparison.folder} has results of {method.name!r} with other settings (see {path}). "
+                    "Give another folder, or the settings of before: rows of one table must be comparable."
+                )
+            write_text(path, text)
+
+
+def try_all(comparison: Comparison, handles: tuple[int, ...]) -> None:
+    """Try every method that has no result yet on one batch, so that nothing starts that cannot run.
+
+    Raises:
+        ValueError: With the reason of every method that cannot.
+    """
+    done = {row["method"] for row in read_rows(comparison.results) if finished(row)}
+    todo = {method.name: method for method, _ in comparison.missing() if method.name not in done}
+    reasons, display = [], Display(sys.stdout)
+    for method in todo.values():
+        for config in comparison.configs(method):
+            log = comparison.folder / "logs" / f"{config.stem}_trial.log"
+            reason = _runs.try_out(config, log, tick=display.tick, handles=handles)
+            if reason is not None:
+                reasons.append(f"{method.name}: {reason} (log: {log})")
+    display.clear()
+    if reasons:
+        listed = "\n  ".join(reasons)
+        raise ValueError(
+            f"`--methods`: these cannot run with the task {comparison.task!r}; leave them out:\n  {listed}"
+        )
+
+
+def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
+    """Run what is missing, write rows, table and picture after each run, and print the table."""
+    missing = comparison.missing()
+    minutes: list[float] = []
+    total = len(comparison.methods) * len(comparison.seeds)
+    for i, (method, seed) in enumerate(missing):
+        left = f", about {sum(minutes) / i * (len(missing) - i):.0f} min left" if i else ""
+        print(f"[{total - len(missing) + i + 1}/{total}] {method.name}, seed {seed}{left}", flush=True)
+        row = _run(comparison, method, seed, handles)
+        minutes.append(row["minutes"])
+        # Rows of other methods stay; a failed one of this run is replaced, its log is not.
+        rows = [r for r in read_rows(comparison.results) if (r["method"], r["seed"]) != (method.name, seed)]
+        write_rows(comparison.results, [*rows, row])
+        print(f"  {_said(row)}", flush=True)
+        write_report([*rows, row], comparison.folder)
+    rows = read_rows(comparison.results)
+    write_report(rows, comparison.folder)
+    print(f"\n{markdown(rows)}\nwritten: {comparison.folder}")
+    return 0 if all(finished(row) for row in rows) else 1
+
+
+def _run(comparison: Comparison, method: Method, seed: int, handles: tuple[int, ...]) -> dict[str, Any]:
+    display = Display(sys.stdout)
+    run = _runs.Run(
+        task=comparison.task,
+        method=method.name,
+        seed=seed,
+        configs=comparison.configs(method),
+        name=f"compare/{comparison.folder.name}/{method.name}",
+        log=comparison.folder / "logs" / f"{method.name}_seed{seed}.log",
+        prunes=method.prunes,
+    )
+    row = _runs.execute(run, tick=display.tick, handles=handles)
+    display.clear()
+    return row
+
+
+def _said(row: dict[str, Any]) -> str:
+    if not finished(row):
+        return f"failed after {row['minutes']} min: {row['failed']} (log: {row['log']})"
+    kept = row["params_ratio"]
+    return f"accuracy {row['accuracy']:.2%}, parameters kept {kept:.1%}, {row['minutes']} min"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
