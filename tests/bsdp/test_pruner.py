@@ -157,6 +157,21 @@ def test_nan_and_infinity_are_not_observed() -> None:
     assert pruner.record.reference == 0.5
 
 
+def test_buffers_that_are_nan_are_not_observed_and_not_cut_but_may_be_infinite() -> None:
+    model, pruner = make(importance="magnitude")
+    variance = model.bn1.running_var.clone()
+    model.bn1.running_var[0] = float("nan")
+    pruner.observe(0.9)
+    assert pruner.record.reference is None
+    with pytest.warns(UserWarning, match="round 1 is skipped: the weights are NaN"):
+        assert not pruner.cut(1)
+    model.bn1.running_var.copy_(variance)
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    pruner.observe(0.8)
+    assert pruner.record.reference == 0.8
+    assert pruner.cut(2)
+
+
 def test_a_round_fails_only_once() -> None:
     _, pruner = make(rounds=4, patience_rounds=2, importance="magnitude")
     pruner.observe(0.9)
