@@ -22,6 +22,7 @@ from bsdp.compiling import uncompiled
 from bsdp.folding import empty_folded
 from bsdp.layers import SUPPORTED_TYPES, named_pairs
 from bsdp.probing import as_inputs
+from bsdp.scale_hooks import drop_scales
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _MANY_GROUPS = 64
@@ -96,7 +97,11 @@ class ModuleChange:
 
 
 def channel_groups(
-    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, exclude: Iterable[str] = ()
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    exclude: Iterable[str] = (),
+    check: bool = True,
 ) -> dict[str, ChannelGroup]:
     """Find the channels that can be removed, by groups that must go together.
 
@@ -108,6 +113,7 @@ def channel_groups(
         model: A plain or decomposed model; it is not changed.
         example_input: One example, batch size 1.
         exclude: Names of layers whose channels must stay.
+        check: Whether to test the result.
 
     Returns:
         Groups by name, in the order of the model's layers.
@@ -127,7 +133,7 @@ def channel_groups(
         raise _untraceable(model, f"{type(error).__name__}: {error}") from error
     if not groups:
         raise _untraceable(model, "no channel can be removed without changing the output")
-    fault = _fault(model, inputs, groups)
+    fault = _fault(model, inputs, groups) if check else None
     if fault is not None:
         bad = _at_fault(model, inputs, groups)
         where = f"; these layers are at fault: {', '.join(bad)}" if bad else ""
@@ -163,6 +169,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): empty_folded(p, kind="fused", rank=p.rank, bias=True) for p in pairs}
     with uncompiled(model):
         plain = copy.deepcopy(model, memo).eval()
+    drop_scales(plain)
     for parameter in plain.parameters():
         parameter.grad = None
         if parameter.is_floating_point():

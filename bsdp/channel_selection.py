@@ -83,15 +83,20 @@ class ChannelCost:
                 if kind == "params" and not member.weighted:
                     self.extra[group.name] = self.extra.get(group.name, 0.0) + _params_per_unit(module, group, member)
         self.widths = {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
-        self.total: float = sum(g.channels for g in groups.values()) if kind == "channels" else total
+        self.total: float = sum(self._made(g) * g.size for g in groups.values()) if kind == "channels" else total
 
     def saved(self, group: str, units: int = 1) -> float:
         """What removing some more units of a group would save now."""
         if self.kind == "channels":
-            return float(units * self.groups[group].units.shape[1])
+            return float(units * self._made(self.groups[group]))
         return units * self.extra.get(group, 0.0) - sum(
             after - before for _, _, before, after in self._step(group, units)
         )
+
+    @staticmethod
+    def _made(group: ChannelGroup) -> int:
+        """Output channels per unit, of all layers that make the group."""
+        return sum(member.index.shape[1] for member in group.sides("out"))
 
     def remove(self, group: str, units: int = 1) -> None:
         """Note that units were removed."""

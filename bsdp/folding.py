@@ -22,6 +22,7 @@ from bsdp.layers import (
     to_matrix,
     weight_of,
 )
+from bsdp.scale_hooks import fold_scales
 from bsdp.surgery import copy_hooks, move_hooks, replace_modules
 from bsdp.widths import forget_widths
 
@@ -49,6 +50,7 @@ def fold(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model, memo)
     for pair, layer in pairs.items():
         copy_hooks(pair, layer, memo)
+    fold_scales(folded)
     forget_widths(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

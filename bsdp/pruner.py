@@ -1,29 +1,26 @@
-"""Iterative basis pruning as a small state machine; training loops and the Lightning callback only call it."""
+"""Iterative basis pruning; training loops and the Lightning callback only call it."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp._checks import check_at_least, check_choice, check_share, check_whole
-from bsdp.cost import COST_KINDS, ModelCost
-from bsdp.importance import IMPORTANCES, FeatureStatistics, NoScoresError, ScoreAccumulator
+from bsdp._checks import check_choice, check_share, check_whole
+from bsdp.cost import ModelCost
+from bsdp.importance import IMPORTANCES, FeatureStatistics, ScoreAccumulator
 from bsdp.layers import named_pairs
-from bsdp.pruning import drop_stale_optimizer_state, prune
-from bsdp.record import PruningRecord, RoundRecord
-from bsdp.schedules import SCHEDULES, kept_share
-from bsdp.selection import RANKINGS, select
-from bsdp.surgery import load_tensors
+from bsdp.pruning import prune
+from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.selection import RANKINGS, PruningPlan, select
 
 
 @dataclass(frozen=True)
-class PruningSettings:
+class PruningSettings(RoundSettings):
     """Settings of iterative basis pruning; checked when made.
 
     Attributes:
@@ -43,44 +40,23 @@ class PruningSettings:
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
     """
 
-    target: float = 0.7
-    target_kind: Literal["params", "macs", "bases"] = "params"
-    rounds: int = 5
-    schedule: Literal["geometric", "cubic", "constant"] = "cubic"
-    warmup_epochs: int = 1
-    epochs_per_round: int = 1
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
-    tolerance: float | None = 0.01
-    mode: Literal["max", "min"] = "max"
-    patience_rounds: int = 1
     mean_to_bias: bool = True
     min_rank: int = 1
     max_layer_ratio: float = 0.95
 
     def __post_init__(self) -> None:
-        check_share("target", self.target)
         check_share("max_layer_ratio", self.max_layer_ratio)
-        check_choice("target_kind", self.target_kind, COST_KINDS)
-        check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("ranking", self.ranking, RANKINGS)
-        check_choice("mode", self.mode, ("max", "min"))
-        for name in ("rounds", "epochs_per_round", "patience_rounds", "min_rank"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("warmup_epochs", self.warmup_epochs, 0)
-        if self.tolerance is not None:
-            check_at_least("tolerance", self.tolerance, 0)
-        if self.warmup_epochs == 0 and (self.tolerance is not None or self.importance != "magnitude"):
-            raise ValueError(
-                "`warmup_epochs` must be at least 1: the first cut needs scores of an epoch and a reference value. "
-                "0 goes only with `tolerance=None` and `importance='magnitude'`."
-            )
+        check_whole("min_rank", self.min_rank, 1)
+        super().__post_init__()
 
     @property
-    def epochs(self) -> int:
-        """Epochs the schedule takes in all."""
-        return self.warmup_epochs + self.rounds * self.epochs_per_round
+    def needs_scores(self) -> bool:
+        """Whether a cut needs scores of an epoch of training."""
+        return self.importance != "magnitude"
 
 
 def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:
@@ -100,12 +76,89 @@ def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
         )
 
 
-class IterativePruner:
-    """Prunes a decomposed model round by round while somebody trains it.
+class BasisStage:
+    """Scores and removes the bases of a decomposed network.
 
-    Per epoch: `cut` when `cut_due` (before the first step), `update` once per optimizer step between backward and step,
-    `observe` after each validation, then ask `should_stop`. At the end, `restore` puts the smallest model that met the
-    tolerance back (the unpruned reference if none did; the last structure's best epoch with ``tolerance=None``).
+    Args:
+        network: A decomposed network.
+        settings: With the fields of `PruningSettings` that concern bases.
+        kind: What budgets count.
+    """
+
+    def __init__(self, network: nn.Module, settings: PruningSettings, *, kind: str) -> None:
+        self.network, self.settings, self.kind = network, settings, kind
+        self.pairs = named_pairs(network)
+        self.scores = ScoreAccumulator(self.pairs, importance=settings.importance)
+        self.statistics = FeatureStatistics(self.pairs)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `update` must see gradients."""
+        return self.scores.needs_gradients
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds the scaling factors."""
+        delta = next(iter(self.pairs.values())).scaling.delta
+        return any(p is delta for group in optimizer.param_groups for p in group["params"])
+
+    def update(self) -> None:
+        """Add the scores of the gradients that stand now."""
+        self.scores.update()
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        self.scores.reset()
+        self.statistics.reset()
+
+    def rebind(self) -> None:
+        """Follow the ranks after a cut."""
+        self.reset()
+
+    def collecting(self, scale: float) -> ExitStack | None:
+        """Watch the features; only energy and the means need them."""
+        if not self.settings.mean_to_bias and self.settings.importance != "energy":
+            return None
+        stack = ExitStack()
+        stack.enter_context(self.statistics.collecting())
+        return stack
+
+    def plan(self, budget: float, cost: ModelCost) -> PruningPlan:
+        """Plan the removal of the weakest bases."""
+        return select(
+            self.scores.compute(self.statistics),
+            cost,
+            budget=budget,
+            kind=self.kind,
+            ranking=self.settings.ranking,
+            min_rank=self.settings.min_rank,
+            max_layer_ratio=self.settings.max_layer_ratio,
+        )
+
+    def apply(self, plan: PruningPlan, optimizers: Iterable[Optimizer]) -> bool:
+        """Remove what the plan does not keep."""
+        means = self.statistics.means() if self.settings.mean_to_bias else None
+        prune(self.network, plan, means=means, optimizers=optimizers)
+        return plan.reached
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Average scores and statistics over processes."""
+        self.scores.reduce(reduce)
+        self.statistics.reduce(reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {"scores": self.scores.state_dict(), "statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.scores.load_state_dict(state["scores"])
+        self.statistics.load_state_dict(state["statistics"])
+
+
+class IterativePruner(RoundPruner):
+    """Prunes the bases of a decomposed model round by round while somebody trains it.
+
+    See `RoundPruner` for the calls that a training loop makes.
 
     Args:
         model: The model whose state is kept and restored.
@@ -140,262 +193,30 @@ class IterativePruner:
         network: str = "",
         monitor: str = "accuracy",
     ) -> None:
-        self.model = model
-        self.network = model.get_submodule(network) if network else model
-        self.settings = settings
-        self.pairs = named_pairs(self.network)
-        if not self.pairs:
+        part = model.get_submodule(network) if network else model
+        if not named_pairs(part):
             raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
+        self.stage = BasisStage(part, settings, kind=settings.target_kind)
+        super().__init__(model, settings, cost, {"basis": self.stage}, network=network, monitor=monitor)
         if settings.target_kind != "macs" or cost.fixed_macs is not None:
-            refuse_unreachable(cost, settings)
-        self.scores = ScoreAccumulator(self.pairs, importance=settings.importance)
-        self.statistics = FeatureStatistics(self.pairs)
-        self.scheduled = 0  # cuts that were due so far, skipped ones included
-        self.failed_rounds = 0
-        self.judged_round = 0  # the newest round that counted in `failed_rounds`
-        self.first_epoch = 0
-        self.next_cut = settings.warmup_epochs
-        self.stopped = False
-        self.candidate: dict[str, Any] | None = None
-        self.record = PruningRecord(
-            monitor=monitor,
-            mode=settings.mode,
-            target=settings.target,
-            target_kind=settings.target_kind,
-            tolerance=settings.tolerance,
-            network=network,
-            cost=cost,
-        )
+            self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Present rank per group and layer."""
-        return {name: pair.rank for name, pair in self.pairs.items()}
+    def check_target(self) -> None:
+        """Refuse a target beyond `largest_removable_share`."""
+        refuse_unreachable(self.cost, self.settings)
 
     @property
-    def warming_up(self) -> bool:
-        """Whether no cut was due yet."""
-        return self.scheduled == 0
+    def pairs(self) -> dict[str, Any]:
+        """The decomposed layers by name."""
+        return self.stage.pairs
 
-    def begin(self, epoch: int) -> None:
-        """Start the warm-up at an epoch other than 0."""
-        self.first_epoch = epoch
-        self.next_cut = epoch + self.settings.warmup_epochs
+    @property
+    def scores(self) -> ScoreAccumulator:
+        """Scores since the last cut."""
+        return self.stage.scores
 
-    def cut_due(self, epoch: int) -> bool:
-        """Whether a cut has to be made before `epoch` (counted from 0) trains."""
-        return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
-
-    def update(self) -> None:
-        """Add the scores of the gradients that stand now; once per optimizer step."""
-        self.scores.update()
-
-    def start_epoch(self) -> None:
-        """Forget scores of earlier warm-up epochs, when the head was still new; call it as an epoch starts."""
-        if self.warming_up:
-            self.scores.reset()
-            self.statistics.reset()
-
-    def cut(self, epoch: int, *, optimizers: Iterable[Optimizer] = ()) -> bool:
-        """Remove the weakest bases down to the budget of the next round.
-
-        Returns:
-            Whether a cut was made. It is skipped, with a warning, when there are no finite scores, or when the weights
-            have become NaN since they were taken.
-        """
-        settings, cost = self.settings, self.record.cost
-        self.scheduled += 1
-        self.next_cut = epoch + settings.epochs_per_round
-        try:
-            if not self._is_sound():
-                raise NoScoresError("the weights are NaN or infinite.")
-            scores = self.scores.compute(self.statistics)
-        except NoScoresError as error:
-            warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
-            return False
-        kept = kept_share(self.scheduled, rounds=settings.rounds, target=settings.target, schedule=settings.schedule)
-        plan = select(
-            scores,
-            cost,
-            budget=kept * cost.original(settings.target_kind),
-            kind=settings.target_kind,
-            ranking=settings.ranking,
-            min_rank=settings.min_rank,
-            max_layer_ratio=settings.max_layer_ratio,
-        )
-        before = self.record.rounds[-1].accuracy_best if self._last_value is None else self._last_value
-        prune(
-            self.network,
-            plan,
-            means=self.statistics.means() if settings.mean_to_bias else None,
-            optimizers=optimizers,
-        )
-        self.scores.reset()
-        self.statistics.reset()
-        self.record.rounds.append(self._round_record(len(self.record.rounds), epoch, before))
-        if self.scheduled == settings.rounds and not plan.reached:
-            warnings.warn(
-                "the last round did not reach the budget: `min_rank` or `max_layer_ratio` stood in the way; "
-                "use more rounds or a larger `max_layer_ratio`.",
-                stacklevel=2,
-            )
-        return True
-
-    _last_value: float | None = None
-
-    def observe(self, value: float) -> None:
-        """Take the monitored value of a validation of the present structure.
-
-        NaN and infinity do not count, nor does any value of a model with such weights: it may still guess one class.
-        """
-        value = float(value)
-        if not math.isfinite(value) or not self._is_sound():
-            return
-        self._last_value = value
-        last = self.record.rounds[-1]
-        if last.accuracy_after is None:
-            self.record.update_last(accuracy_after=value)
-        improved = last.accuracy_best is None or self._better(value, last.accuracy_best)
-        if not improved:
-            return
-        self.record.update_last(accuracy_best=value)
-        if last.round == 0:
-            self.record.reference = value
-            self.record.reference_state = self._state()
-        elif self.tolerated(value):
-            # Rounds only ever get smaller, so the newest tolerated structure is the smallest.
-            self.candidate = {"round": last.round, "value": value, "state": self._state()}
-
-    def tolerated(self, value: float) -> bool:
-        """Whether a monitored value is within the tolerance of the reference."""
-        if self.settings.tolerance is None or self.record.reference is None:
-            return True
-        sign = 1.0 if self.settings.mode == "max" else -1.0
-        return sign * (value - self.record.reference) >= -self.settings.tolerance - 1e-12
-
-    def should_stop(self, epoch: int) -> bool:
-        """Whether to stop training after `epoch`: too many rounds ended below the tolerance and a cut would be next."""
-        if self.stopped or self.settings.tolerance is None or not self.cut_due(epoch + 1):
-            return self.stopped
-        last = self.record.rounds[-1]
-        if last.round > self.judged_round and last.accuracy_best is not None:
-            self.judged_round = last.round
-            self.failed_rounds = 0 if self.tolerated(last.accuracy_best) else self.failed_rounds + 1
-        self.stopped = self.failed_rounds >= self.settings.patience_rounds
-        return self.stopped
-
-    def restore(self, *, optimizers: Iterable[Optimizer] = ()) -> RoundRecord:
-        """Put the smallest model that met the tolerance back, whatever was tried later.
-
-        A model whose weights have become NaN or infinite gives way to the last sound one in any case.
-
-        Returns:
-            The round the model now has.
-        """
-        state, index = None, len(self.record.rounds) - 1
-        newest = self.candidate is not None and self.candidate["round"] == self.record.rounds[-1].round
-        broken = not self._is_sound()
-        if self.candidate is not None and (newest or broken or self.settings.tolerance is not None):
-            state, index = self.candidate["state"], self.candidate["round"]
-        elif (broken or self.settings.tolerance is not None) and self.record.reference_state is not None:
-            state, index = self.record.reference_state, 0
-        if broken:
-            left = f"the model of round {index} is taken" if state is not None else "no validation saw a sound model"
-            warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
-        if state is not None:
-            load_tensors(self.model, state)
-            for optimizer in optimizers:
-                drop_stale_optimizer_state(optimizer)
-        self.finish(index)
-        return self.record.rounds[index]
-
-    def finish(self, index: int | None = None) -> None:
-        """Mark a round (by default the newest) as the one the run ended with, and let the candidate go."""
-        self.record.chosen = len(self.record.rounds) - 1 if index is None else index
-        self.candidate = None
-        self.scores.reset()
-        self.statistics.reset()
-
-    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Average scores and statistics over processes, before `cut`."""
-        self.scores.reduce(reduce)
-        self.statistics.reduce(reduce)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors for a checkpoint."""
-        return {
-            "scheduled": self.scheduled,
-            "failed_rounds": self.failed_rounds,
-            "judged_round": self.judged_round,
-            "first_epoch": self.first_epoch,
-            "next_cut": self.next_cut,
-            "stopped": self.stopped,
-            "last_value": self._last_value,
-            "candidate": self.candidate,
-            "scores": self.scores.state_dict(),
-            "statistics": self.statistics.state_dict(),
-            "record": self.record.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the model must have the ranks of then."""
-        self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
-        self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
-        self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
-        self.first_epoch = int(state["first_epoch"])
-        self.candidate = state["candidate"]
-        self.scores.load_state_dict(state["scores"])
-        self.statistics.load_state_dict(state["statistics"])
-        record, settings = self.record, self.settings
-        monitor, network = record.monitor, record.network
-        record.load_state_dict(state["record"])
-        if record.chosen is not None:  # a finished run goes on from the round it ended with
-            record.rounds = record.rounds[: record.chosen + 1]
-            record.chosen, self.failed_rounds, self.stopped = None, 0, False
-        if record.tolerance != settings.tolerance:
-            self.failed_rounds, self.stopped = 0, False
-        # What decides from now on are the settings of this run, and reports must say so.
-        record.monitor, record.network, record.mode = monitor, network, settings.mode
-        record.target, record.target_kind = settings.target, settings.target_kind
-        record.tolerance = settings.tolerance
-
-    def _better(self, value: float, other: float) -> bool:
-        return value > other if self.settings.mode == "max" else value < other
-
-    def _is_sound(self) -> bool:
-        # Buffers may hold infinity, in masks of attention.
-        broken = any(bool(buffer.isnan().any()) for buffer in self.model.buffers())
-        return not broken and all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
-
-    def _state(self) -> dict[str, Tensor]:
-        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
-
-    def _round_record(self, index: int, epoch: int, before: float | None = None) -> RoundRecord:
-        cost, ranks = self.record.cost, self.ranks
-        return RoundRecord(
-            round=index,
-            epoch=epoch,
-            ranks=ranks,
-            bases=cost.deployed(ranks, "bases"),
-            params=cost.deployed(ranks, "params"),
-            macs=None if cost.fixed_macs is None else cost.deployed(ranks, "macs"),
-            accuracy_before=before,
-        )
-
-    def set_cost(self, cost: ModelCost) -> None:
-        """Replace the cost, once MACs could be measured.
-
-        Raises:
-            ValueError: If the target is out of reach.
-        """
-        refuse_unreachable(cost, self.settings)
-        self.record.cost = cost
-        for i, old in enumerate(self.record.rounds):
-            macs = None if cost.fixed_macs is None else cost.deployed(old.ranks, "macs")
-            self.record.rounds[i] = RoundRecord(**{**vars(old), "macs": macs})
-
-
-def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) -> int:
-    """All rounds that fit into a number of epochs; at least 0."""
-    return max(0, (epochs - warmup_epochs) // epochs_per_round)
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """Feature statistics since the last cut."""
+        return self.stage.statistics

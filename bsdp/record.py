@@ -23,6 +23,9 @@ class RoundRecord:
         accuracy_before: The monitored value at the last validation before the cut; None for round 0.
         accuracy_after: The monitored value at the first validation after the cut.
         accuracy_best: Best monitored value of this structure.
+        channels: Output channels of every layer whose channels can be pruned; empty where only bases are.
+        layers: One row per layer as in a summary, where the cost of the record cannot tell because channels went.
+        stage: What the cut removed, where there is a choice.
     """
 
     round: int
@@ -34,6 +37,9 @@ class RoundRecord:
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     accuracy_best: float | None = None
+    channels: dict[str, int] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    stage: str = ""
 
 
 @dataclass
@@ -53,6 +59,7 @@ class PruningRecord:
         reference: Best monitored value of the unpruned model in the warm-up.
         chosen: Index in `rounds` of the structure the run ended with; None while it runs.
         reference_state: State dict of the whole module at the reference; a callback state, not part of a report.
+        reference_widths: Widths of the module at the reference (see `widths_of`); empty unless it had lost channels.
     """
 
     monitor: str = "val_accuracy"
@@ -67,15 +74,20 @@ class PruningRecord:
     reference: float | None = None
     chosen: int | None = None
     reference_state: dict[str, Any] | None = None
+    reference_widths: dict[str, Any] = field(default_factory=dict)
 
     def update_last(self, **changes: Any) -> None:
         """Change fields of the newest round."""
         self.rounds[-1] = replace(self.rounds[-1], **changes)
 
+    def original(self, kind: str) -> int:
+        """Params, macs, bases or channels of the original network."""
+        return sum(self.rounds[0].channels.values()) if kind == "channels" else self.cost.original(kind)
+
     def kept(self, record: RoundRecord, kind: str) -> float | None:
-        """Share of the original params, macs or bases that a round keeps; None when not measured."""
-        value = getattr(record, kind)
-        return None if value is None else value / self.cost.original(kind)
+        """Share of the original params, macs, bases or channels that a round keeps; None when there are none."""
+        value = sum(record.channels.values()) if kind == "channels" else getattr(record, kind)
+        return None if value is None or not self.original(kind) else value / self.original(kind)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

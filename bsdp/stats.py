@@ -7,7 +7,7 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsdp.compiling import uncompiled
-from bsdp.cost import ModelCost, Positions, layer_cost
+from bsdp.cost import LayerCost, ModelCost, Positions, layer_cost
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.timing import time_in_turn
+from bsdp.widths import original_widths
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def describe(model: nn.Module, example_input: Tensor | tuple[Tensor, ...] | None
         >>> bsdp.describe(model, torch.zeros(1, 3, 8, 8)).layers[1].break_even_rank
         57.6
     """
-    layers = _described_layers(model)
+    layers = described_layers(model)
     positions = None if example_input is None else measure_positions(model, layers, example_input)
     cost = measure_cost(model, example_input)
     rows = []
@@ -252,7 +253,8 @@ def measure_latency(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _described_layers(model: nn.Module) -> dict[str, nn.Module]:
+def described_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All convolutions, linear layers and pairs of a model by name."""
     inside = {child for pair in named_pairs(model).values() for child in pair.modules() if child is not pair}
     described: tuple[type[nn.Module], ...] = (BasisPair, *SUPPORTED_TYPES)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, described)}
@@ -277,6 +279,60 @@ def _layer_stats(name: str, layer: nn.Module, positions: Positions | None) -> La
         macs=None if not measured else rank * cost.slope("macs") if pair else cost.original(kind="macs"),
         macs_original=cost.original(kind="macs") if measured else None,
     )
+
+
+def layer_rows(
+    model: nn.Module, positions: Mapping[str, Positions] | None = None, *, new_bias: bool = True
+) -> list[dict[str, Any]]:
+    """One row of plain values per layer of a model that may have lost channels, as a summary has them.
+
+    Args:
+        model: A plain or decomposed model.
+        positions: Positions of its layers (see `measure_positions`), which lost channels do not change.
+        new_bias: Whether cuts of bases move means into biases, which then count.
+    """
+    rows = []
+    for name, layer in described_layers(model).items():
+        cost = layer_cost(layer, positions=None if positions is None else positions[name])
+        pair = isinstance(layer, BasisPair)
+        first = _original_cost(layer, cost)
+        rank = layer.rank if isinstance(layer, BasisPair) else cost.full_rank
+        kind = cost.kind(rank) if pair else "plain"
+        deployed = replace(cost, whole=cost.whole or not pair)
+        params, macs = deployed.deployed(rank, new_bias=new_bias and pair), None
+        if positions is not None:
+            macs = deployed.deployed(rank, kind="macs")
+        originals = (first.original(), None if positions is None else first.original(kind="macs"))
+        rows.append(
+            {
+                "name": name,
+                "kind": kind,
+                "rank": rank,
+                "full_rank": first.full_rank,
+                "groups": cost.groups,
+                "channels": cost.out_channels,
+                "channels_original": first.out_channels,
+                "params": params,
+                "params_original": originals[0],
+                "params_kept": params / originals[0],
+                "macs": macs,
+                "macs_original": originals[1],
+                "macs_kept": macs / originals[1] if originals[1] and macs is not None else None,
+            }
+        )
+    return rows
+
+
+def _original_cost(layer: nn.Module, cost: LayerCost) -> LayerCost:
+    """The cost of a layer before it lost channels."""
+    widths = original_widths(layer)
+    whole = replace(cost, whole=True)
+    if widths is None:
+        return whole
+    shape, groups = widths["shapes"]["weight"], int(widths["attributes"].get("groups", cost.groups))
+    outputs = shape[1] * groups if is_transposed(layer) else shape[0]
+    fan_in = math.prod(shape) // outputs
+    return replace(whole, fan_in=fan_in, out_channels=outputs, groups=groups, full_rank=min(fan_in, outputs // groups))
 
 
 @contextmanager

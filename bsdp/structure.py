@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
+from bsdp.delta_structure import deltas_like, deltas_of
 from bsdp.fitting import check_names, check_values, expected_state, meta_layer
 from bsdp.layers import BasisPair, named_pairs, plain_type
 from bsdp.reading import read_pickled, shown
+from bsdp.scale_hooks import scales_as_values, set_scales
 from bsdp.surgery import load_tensors, module_names, move_hooks, replace_modules
 from bsdp.widths import move_mark, set_widths, widths_of
 
@@ -25,7 +27,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``{"version": 1, "pairs": {name: {"rank": int}}}`` with every name of a pair that has several; ``"whole": True``
         stands beside the rank of pairs that must stay one layer. A model that lost channels has ``"widths"``, too (see
-        `widths_of`).
+        `widths_of`), and one with channel scales ``"scales"`` (see `scales_as_values`), one with sparse
+        deltas ``"deltas"`` (see `deltas_of`).
     """
     pairs = {
         name: {"rank": module.rank, "whole": True} if module.whole else {"rank": module.rank}
@@ -33,7 +36,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, BasisPair)
     }
     widths = widths_of(model)
-    return {"version": STRUCTURE_VERSION, "pairs": pairs} | ({"widths": widths} if widths else {})
+    more = {"widths": widths, "scales": scales_as_values(model), "deltas": deltas_of(model)}
+    return {"version": STRUCTURE_VERSION, "pairs": pairs} | {key: value for key, value in more.items() if value}
 
 
 def rebuild(
@@ -60,7 +64,10 @@ def rebuild(
             structure. The model is then as it was.
     """
     pairs = _checked_pairs(structure)
-    with _widths(model, structure.get("widths", {})):
+    with (
+        deltas_like(model, structure.get("deltas")),
+        _reshaped(model, structure.get("widths", {}), structure.get("scales", {})),
+    ):
         ranks = _checked_ranks(model, pairs)
         if state_dict is not None:
             check_state(model, state_dict, ranks=ranks, strict=strict, source=source)
@@ -81,17 +88,19 @@ def rebuild(
 
 
 @contextmanager
-def _widths(model: nn.Module, widths: Mapping[str, Any]) -> Iterator[None]:
-    """Give a model other widths; its own, with its values, are back if anything in the ``with`` block fails."""
-    before = widths_of(model)
-    if not widths and not before:
+def _reshaped(model: nn.Module, widths: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model other widths and channel scales; its own are back if anything in the ``with`` block fails."""
+    before, had = widths_of(model), scales_as_values(model)
+    if not (widths or before or scales or had):
         yield
         return
     values = dict(model.state_dict())
-    set_widths(model, widths)
     try:
+        set_widths(model, widths)
+        set_scales(model, scales)
         yield
     except ValueError:
+        set_scales(model, had)
         set_widths(model, before)
         load_tensors(model, values)
         raise

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from bsdp.compiling import inside_compiled, uncompiled
 from bsdp.cost import ModelCost
@@ -82,3 +86,17 @@ def as_parameters(value: Any, module: nn.Module) -> Any:
     if not isinstance(value, Tensor) or like is None:
         return value
     return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)
+
+
+def own_iterator(loaders: Any) -> Iterator[Any]:
+    """Read a loader (of several, the first) from its start without disturbing the iterator the trainer has of it."""
+    loader = next(iter(tree_leaves(loaders)), None)
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None  # persistent workers would hand out the trainer's own iterator
+    return iter(loader if loader is not None else ())
+
+
+def first_example(trainer: Trainer) -> Any:
+    """The first training batch, on the trainer's device."""
+    return next(iter(trainer.strategy.batch_to_device(b) for b in own_iterator(trainer.train_dataloader)), None)

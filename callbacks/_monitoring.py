@@ -21,13 +21,14 @@ def is_watched(trainer: Trainer, batch_idx: int) -> bool:
     return batch_idx % stride == 0
 
 
-def monitored_value(trainer: Trainer, monitor: str, *, needed: bool) -> float | None:
+def monitored_value(trainer: Trainer, monitor: str, *, needed: bool, needed_by: object) -> float | None:
     """The logged value of the monitored metric, averaged over all processes, which must take the same decisions.
 
     Args:
         trainer: The trainer, after a validation.
         monitor: Name of the metric.
         needed: Whether it has to be there.
+        needed_by: The callback, for the error.
 
     Raises:
         ValueError: If it is needed and was not logged.
@@ -39,7 +40,7 @@ def monitored_value(trainer: Trainer, monitor: str, *, needed: bool) -> float | 
     if needed:
         logged = sorted(k for k in trainer.callback_metrics if not k.startswith("bsdp/"))
         raise ValueError(
-            f"`IterativeBasisPruning(monitor={monitor!r})` is never logged in validation; logged are "
+            f"`{type(needed_by).__name__}(monitor={monitor!r})` is never logged in validation; logged are "
             f"{logged}. Name one of them (with the matching `mode`), log it in `validation_step`, or set "
             "`tolerance: null`."
         )
@@ -53,3 +54,9 @@ def log_around_cut(trainer: Trainer, record: PruningRecord) -> None:
     known = {key: value for key, value in values.items() if value is not None}
     for logger in trainer.loggers:
         logger.log_metrics(known, step=trainer.global_step)
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What the loss is multiplied with before the backward pass; 1 but for mixed precision with float16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

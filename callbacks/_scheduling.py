@@ -8,12 +8,12 @@ from dataclasses import replace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from bsdp.pruner import PruningSettings, default_rounds
+from bsdp.rounds import RoundSettings, default_rounds
 
 
 def scheduled_settings(
-    trainer: Trainer, settings: PruningSettings, *, rounds: int | None, first_epoch: int
-) -> PruningSettings:
+    trainer: Trainer, settings: RoundSettings, *, rounds: int | None, first_epoch: int
+) -> RoundSettings:
     """The settings with `rounds` filled in from the trainer's epochs.
 
     Args:
@@ -71,13 +71,13 @@ def _epochs_of_steps(trainer: Trainer) -> int | None:
     return epochs
 
 
-def check_validation(trainer: Trainer, settings: PruningSettings, monitor: str) -> None:
+def check_validation(trainer: Trainer, settings: RoundSettings, monitor: str, *, needed_by: object) -> None:
     """Refuse a tolerance without validations: a round without one could never fall short of it."""
     if settings.tolerance is None:
         return
     if not trainer.enable_validation:
         raise ValueError(
-            f"`IterativeBasisPruning(tolerance={settings.tolerance})` needs a validation loader that logs "
+            f"`{type(needed_by).__name__}(tolerance={settings.tolerance})` needs a validation loader that logs "
             f"{monitor!r}. Give one, or set `tolerance: null` to prune to the budget alone."
         )
     every = trainer.check_val_every_n_epoch

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
 from bsdp._checks import check_at_least, check_choice, check_patterns, matches
 from bsdp.calibration import OutputMoments, rebase
-from bsdp.callbacks._measuring import as_parameters
+from bsdp.callbacks._measuring import as_parameters, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import inside_compiled, plain_name
@@ -134,7 +130,7 @@ class BasisDecomposition(Callback):
         """Second moments of the layers' outputs on the first training batches of all processes."""
         moments = OutputMoments(pairs)
         with moments.collecting(pl_module):
-            for batch in islice(_own_iterator(trainer.train_dataloader), self.calibration_batches):
+            for batch in islice(own_iterator(trainer.train_dataloader), self.calibration_batches):
                 images = first_tensor(trainer.strategy.batch_to_device(batch))
                 if images is None:
                     raise ValueError(
@@ -225,15 +221,6 @@ class BasisDecomposition(Callback):
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rank_zero_info(f"bsdp: left as it is: {shown}: {reason}")
-
-
-def _own_iterator(loaders: Any) -> Iterator[Any]:
-    """Read a loader (of several, the first) from its start without disturbing the iterator the trainer has of it."""
-    loader = next(iter(tree_leaves(loaders)), None)
-    if isinstance(loader, DataLoader):
-        loader = copy.copy(loader)
-        loader._iterator = None  # persistent workers would hand out the trainer's own iterator
-    return iter(loader if loader is not None else ())
 
 
 def _has_layers(module: nn.Module) -> bool:

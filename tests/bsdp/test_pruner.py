@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import bsdp
-from bsdp.pruner import IterativePruner, PruningSettings, default_rounds
+from bsdp.pruner import IterativePruner, PruningSettings
+from bsdp.rounds import default_rounds
 from tests.helpers.nets import ConvNet
 
 

@@ -1,0 +1,318 @@
+"""Iterative channel pruning; training loops and the Lightning callback only call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp.channel_graph import ChannelGroup, channel_groups, plan_removal
+from bsdp.channel_importance import CRITERIA, ChannelScores
+from bsdp.channel_scales import ScaleScores, add_scales, keep_scales
+from bsdp.channel_selection import CHANNEL_KINDS, CHANNEL_RANKINGS, ChannelCost, ChannelPlan, select_channels
+from bsdp.channel_surgery import remove_channels
+from bsdp.cost import ModelCost
+from bsdp.layers import named_pairs
+from bsdp.probing import as_inputs
+from bsdp.record import RoundRecord
+from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.scale_hooks import scales_of
+from bsdp.stats import described_layers, layer_rows, measure_cost, measure_positions
+from bsdp.widths import widths_of
+
+SCALED = ("channel_scaling", "transtailor")  # criteria that train one factor per channel
+ALL_CRITERIA = (*CRITERIA, "transtailor")
+_UNTRAINED = ("l1", "l2", "fpgm", "random")
+
+
+@dataclass(frozen=True)
+class ChannelPruningSettings(RoundSettings):
+    """Settings of iterative channel pruning; checked when made. Those not listed are as in `RoundSettings`.
+
+    Attributes:
+        target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"channels"``.
+        criterion: Score of a channel, one of `ALL_CRITERIA`.
+        channel_ranking: How scores of different groups compare, see `select_channels`.
+        normalize: See `ChannelScores`.
+        min_channels: Channels (units) that every group keeps at least.
+        max_group_ratio: Largest share of a group that one cut may remove.
+        round_to: Groups keep multiples of so many channels.
+        threshold: Remove no channel of at least this importance; None for no limit.
+        theta: Share of the cumulative sum of activations that the ranking ``"priority"`` keeps.
+        macs_penalty: What a channel's importance loses per share of the MACs that it costs (Molchanov et al. 2016).
+        l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``).
+        exclude: Names of layers whose channels must stay.
+        seed: Of ``"random"``.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = CHANNEL_KINDS
+    unscored: ClassVar[str] = "criterion='l1', 'l2', 'fpgm' or 'random'"
+
+    criterion: str = "taylor_2019"
+    channel_ranking: str = "global"
+    normalize: str = "auto"
+    min_channels: int = 1
+    max_group_ratio: float = 0.95
+    round_to: int = 1
+    threshold: float | None = None
+    theta: float = 0.98
+    macs_penalty: float = 0.0
+    l1: float = 0.0
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, ALL_CRITERIA)
+        check_choice("channel_ranking", self.channel_ranking, CHANNEL_RANKINGS)
+        check_share("max_group_ratio", self.max_group_ratio)
+        check_share("theta", self.theta)
+        check_whole("min_channels", self.min_channels, 1)
+        check_whole("round_to", self.round_to, 1)
+        check_at_least("macs_penalty", self.macs_penalty, 0)
+        check_at_least("l1", self.l1, 0)
+        if self.threshold is not None:
+            check_at_least("threshold", self.threshold, 0)
+        if self.l1 and self.criterion not in ("bn_scale", *SCALED):
+            raise ValueError(
+                f"`l1={self.l1}` is a penalty on batch-norm weights or channel factors, which `criterion="
+                f"{self.criterion!r}` does not read: set it to 0, or choose 'bn_scale' or 'channel_scaling'."
+            )
+        if self.channel_ranking == "priority" and self.criterion != "activation_cumsum":
+            raise ValueError(
+                "`channel_ranking='priority'` reads the cumulative sum of activations: it goes with "
+                f"`criterion='activation_cumsum'`, not {self.criterion!r}."
+            )
+        super().__post_init__()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a cut needs scores of an epoch of training."""
+        return self.criterion not in _UNTRAINED
+
+
+class ChannelStage:
+    """Scores and removes the channels of a network.
+
+    Args:
+        network: A plain or decomposed network.
+        example: Example inputs, batch size 1.
+        settings: With the fields of `ChannelPruningSettings` that concern channels.
+        kind: What budgets count.
+        new_bias: Whether cuts of bases move means into biases.
+
+    Raises:
+        UntraceableError: If the dependencies between channels cannot be found.
+        ValueError: If the criterion does not go with the network.
+    """
+
+    def __init__(self, network: nn.Module, example: Any, settings: Any, *, kind: str, new_bias: bool = False) -> None:
+        self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
+        self.example = as_inputs(example)
+        self.groups = channel_groups(network, self.example, exclude=settings.exclude)
+        self.positions = measure_positions(network, described_layers(network), self.example)
+        self.scores: Any
+        if settings.criterion in SCALED:
+            if scales_of(network) is None:
+                add_scales(network, self.groups)
+            self.scores = ScaleScores(network, self.groups, taylor=settings.criterion == "transtailor")
+        else:
+            options = {"criterion": settings.criterion, "normalize": settings.normalize, "seed": settings.seed}
+            self.scores = ChannelScores(network, self.groups, **options)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `update` must see gradients."""
+        return bool(self.scores.needs_gradients)
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds anything of the network."""
+        own = {id(p) for p in self.network.parameters()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the scores of the gradients that stand now, and then the gradient of the L1 penalty to them."""
+        self.scores.update()
+        if self.settings.l1:
+            for weight in self._penalised():
+                if weight.grad is not None:
+                    weight.grad.add_(weight.sign(), alpha=self.settings.l1)
+
+    def _penalised(self) -> list[Tensor]:
+        scales = scales_of(self.network)
+        if scales is not None:
+            return [scales.weight]
+        names = {m.layer for group in self.groups.values() for m in group.members if m.batch_norm}
+        found = (self.network.get_submodule(name).weight for name in sorted(names))
+        return [weight for weight in found if isinstance(weight, Tensor)]
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        self.scores.reset()
+
+    def rebind(self) -> None:
+        """Follow the network after a cut of channels, forgetting all scores."""
+        self.groups = channel_groups(self.network, self.example, exclude=self.settings.exclude, check=False)
+        self.scores.rebind(self.groups)
+
+    def collecting(self, scale: float) -> ExitStack | None:
+        """Watch what the layers read, for criteria that need it."""
+        if not self.scores.needs_hooks:
+            return None
+        stack = ExitStack()
+        stack.enter_context(self.scores.collecting(scale))
+        return stack
+
+    def cost(self, cost: ModelCost) -> ChannelCost:
+        """The cost of the network as a function of its channels, from that of the network now."""
+        ranks = {name: pair.rank for name, pair in named_pairs(self.network).items()}
+        total = 0 if self.kind == "channels" else cost.deployed(ranks, self.kind)
+        options: dict[str, Any] = {"kind": self.kind, "new_bias": self.new_bias}
+        return ChannelCost(self.network, self.groups, total=total, positions=self.positions, **options)
+
+    def plan(self, budget: float, cost: ModelCost) -> ChannelPlan:
+        """Plan the removal of the weakest channels."""
+        settings, reckoning = self.settings, self.cost(cost)
+        scores = self.scores.compute()
+        if settings.macs_penalty:
+            scores = self._penalise_macs(scores)
+        return select_channels(
+            scores,
+            reckoning,
+            budget=budget,
+            ranking=settings.channel_ranking,
+            min_channels=settings.min_channels,
+            max_group_ratio=settings.max_group_ratio,
+            round_to=settings.round_to,
+            threshold=settings.threshold,
+            theta=settings.theta,
+        )
+
+    def _penalise_macs(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``Theta - lambda * Theta_flops``, a layer's MACs being counted as its share of the most expensive one's."""
+        reckoning = ChannelCost(self.network, self.groups, kind="macs", positions=self.positions)
+        macs = {name: reckoning.saved(name) for name in scores}
+        most = max(macs.values(), default=1.0) or 1.0
+        lowered = {n: score - self.settings.macs_penalty * macs[n] / most for n, score in scores.items()}
+        least = min((float(score.min()) for score in lowered.values()), default=0.0)
+        return {name: score - min(least, 0.0) for name, score in lowered.items()}  # the order stays, none is negative
+
+    def apply(self, plan: ChannelPlan, optimizers: Iterable[Optimizer]) -> bool:
+        """Remove what the plan names."""
+        optimizers = list(optimizers)
+        if any(units.numel() for units in plan.remove.values()):
+            changes = plan_removal(self.network, self.example, self.groups, plan.remove)
+            remove_channels(self.network, changes, optimizers=optimizers)
+            if scales_of(self.network) is not None:
+                keep = _kept(self.groups, plan.remove)
+                groups = channel_groups(self.network, self.example, exclude=self.settings.exclude, check=False)
+                keep_scales(self.network, groups, keep, optimizers)
+        return plan.reached
+
+    def channels(self) -> dict[str, int]:
+        """Output channels of the layers that make the channels of a group."""
+        makers = [member.layer for group in self.groups.values() for member in group.sides("out")]
+        sizes = {name: self.network.get_submodule(name) for name in makers}
+        return {name: int(getattr(m, "out_channels", getattr(m, "out_features", 0))) for name, m in sizes.items()}
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Average scores over processes."""
+        self.scores.reduce(reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {"scores": self.scores.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.scores.load_state_dict(state["scores"])
+
+
+def _kept(groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> Tensor:
+    """Positions, among the units of all groups in a row, of those that stay."""
+    keep, first = [], 0
+    for name, group in groups.items():
+        mask = torch.ones(group.size, dtype=torch.bool)
+        mask[remove[name]] = False
+        keep.append(mask.nonzero().flatten() + first)
+        first += group.size
+    return torch.cat(keep)
+
+
+class ChannelPruner(RoundPruner):
+    """Prunes the channels of a plain or decomposed model round by round while somebody trains it.
+
+    See `RoundPruner` for the calls that a training loop makes; keep `collecting` open on some batches.
+
+    Args:
+        model: The model whose state is kept and restored.
+        settings: What to do.
+        example: Example inputs of the network, batch size 1.
+        cost: Cost of the network; None to measure it.
+        network: Dotted name of the network inside `model`; "" for the model itself.
+        monitor: Name of the observed value, for reports.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: ChannelPruningSettings,
+        example: Tensor | tuple[Tensor, ...],
+        *,
+        cost: ModelCost | None = None,
+        network: str = "",
+        monitor: str = "accuracy",
+    ) -> None:
+        part = model.get_submodule(network) if network else model
+        cost = measure_cost(part, as_inputs(example), new_bias=False) if cost is None else cost
+        self.stage = ChannelStage(part, example, settings, kind=settings.target_kind)
+        super().__init__(model, settings, cost, {"channel": self.stage}, network=network, monitor=monitor)
+        if not widths_of(part):  # else the original's cost is not known before the state is loaded
+            self.check_target()
+        self.record.rounds.append(self._round_record(0, 0))
+
+    def check_target(self) -> None:
+        """Refuse a target beyond what is gone when every group has its least number of channels."""
+        most = self.largest_share()
+        if self.settings.target > most:
+            raise ValueError(
+                f"`target={self.settings.target}` is out of reach: with {self.settings.min_channels} channel(s) left "
+                f"in every group, {most:.1%} of the {self.settings.target_kind} would be gone (the channels of inputs "
+                f"and outputs stay). Choose a target below {most:.3f}, or prune bases, too."
+            )
+
+    def largest_share(self) -> float:
+        """What would be gone with `min_channels` in every group: the ceiling of any target."""
+        return 1.0 - smallest_cost(self.stage, self.cost) / self.original(self.settings.target_kind)
+
+    def original(self, kind: str) -> float:
+        """Cost of the network before the first cut."""
+        return float(sum(self.stage.channels().values()) if kind == "channels" else self.cost.original(kind))
+
+    def measured_cost(self) -> ModelCost:
+        """Cost of the network as it is now."""
+        return measure_cost(self.network, self.stage.example, new_bias=self.stage.new_bias)
+
+    def describe(self, record: RoundRecord) -> RoundRecord:
+        """Add channels and layers."""
+        return describe_channels(record, self.stage)
+
+
+def smallest_cost(stage: ChannelStage, cost: ModelCost) -> float:
+    """What is left with the least number of channels everywhere."""
+    reckoning = stage.cost(cost)
+    for name, group in stage.groups.items():
+        reckoning.remove(name, group.size - min(stage.settings.min_channels, group.size))
+    return float(reckoning.total)
+
+
+def describe_channels(record: RoundRecord, stage: ChannelStage) -> RoundRecord:
+    """Complete a round with the channels and one row per layer."""
+    rows = layer_rows(stage.network, stage.positions, new_bias=stage.new_bias)
+    return replace(record, channels=stage.channels(), layers=rows)

@@ -1,0 +1,446 @@
+"""Pruning in rounds as a small state machine: when to cut, what counts as tolerated, which model is kept.
+
+What is removed, and by which score, is the business of *stages* (`bsdp.stages`); a pruner has one or more of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp.cost import COST_KINDS, ModelCost
+from bsdp.importance import NoScoresError
+from bsdp.layers import named_pairs
+from bsdp.pruning import drop_stale_optimizer_state
+from bsdp.record import PruningRecord, RoundRecord
+from bsdp.schedules import SCHEDULES, kept_share
+from bsdp.surgery import load_tensors
+from bsdp.widths import set_widths, widths_of
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """Settings of pruning in rounds; checked when made.
+
+    Attributes:
+        target: Share of the original model to remove, in (0, 1).
+        target_kind: What `target` counts, for example ``"params"`` or ``"macs"``.
+        rounds: Number of cuts.
+        schedule: How the removal is spread over the rounds, see `kept_share`.
+        warmup_epochs: Epochs before the first cut.
+        epochs_per_round: Epochs of training after each cut.
+        tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
+        mode: ``"max"`` if a higher value is better, else ``"min"``.
+        patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
+    """
+
+    kinds: ClassVar[Sequence[str]] = COST_KINDS
+    unscored: ClassVar[str] = "importance='magnitude'"  # the setting that needs no epoch of scores before a cut
+
+    target: float = 0.7
+    target_kind: str = "params"
+    rounds: int = 5
+    schedule: str = "cubic"
+    warmup_epochs: int = 1
+    epochs_per_round: int = 1
+    tolerance: float | None = 0.01
+    mode: str = "max"
+    patience_rounds: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("target", self.target)
+        check_choice("target_kind", self.target_kind, self.kinds)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("mode", self.mode, ("max", "min"))
+        for name in ("rounds", "epochs_per_round", "patience_rounds"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("warmup_epochs", self.warmup_epochs, 0)
+        if self.tolerance is not None:
+            check_at_least("tolerance", self.tolerance, 0)
+        if self.warmup_epochs == 0 and (self.tolerance is not None or self.needs_scores):
+            raise ValueError(
+                "`warmup_epochs` must be at least 1: the first cut needs scores of an epoch and a reference value. "
+                f"0 goes only with `tolerance=None` and `{self.unscored}`."
+            )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a cut needs scores of an epoch of training."""
+        return True
+
+    @property
+    def epochs(self) -> int:
+        """Epochs the schedule takes in all."""
+        return self.warmup_epochs + self.rounds * self.epochs_per_round
+
+
+class Stage(Protocol):
+    """One way of making a network smaller: its scores, and the cut they lead to."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `update` must see gradients."""
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether the steps of this optimizer are those to score."""
+
+    def update(self) -> None:
+        """Add the scores of the gradients that stand now; once per optimizer step."""
+
+    def reset(self) -> None:
+        """Forget all scores."""
+
+    def rebind(self) -> None:
+        """Follow the network after a cut, forgetting all scores."""
+
+    def collecting(self, scale: float) -> ExitStack | None:
+        """Watch forward and backward passes until it is closed; None if there is nothing to watch."""
+
+    def plan(self, budget: float, cost: ModelCost) -> Any:
+        """Plan the removal of the weakest units down to a budget.
+
+        Raises:
+            NoScoresError: If there is nothing to rank by.
+        """
+
+    def apply(self, plan: Any, optimizers: Iterable[Optimizer]) -> bool:
+        """Carry out a plan; return whether it reaches its budget."""
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Average scores over processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; the network must have the structure of then."""
+
+
+class RoundPruner:
+    """Prunes a model round by round while somebody trains it.
+
+    Per epoch: `cut` when `cut_due` (before the first step), `update` once per optimizer step between backward and step,
+    `observe` after each validation, then ask `should_stop`. At the end, `restore` puts the smallest model that met the
+    tolerance back (the unpruned reference if none did; the last structure's best epoch with ``tolerance=None``).
+
+    Args:
+        model: The model whose state is kept and restored.
+        settings: What to do.
+        cost: Cost of the network as it is now.
+        stages: What can be cut, by name.
+        network: Dotted name of the network inside `model`; "" for the model itself.
+        monitor: Name of the observed value, for reports.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: RoundSettings,
+        cost: ModelCost,
+        stages: Mapping[str, Stage],
+        *,
+        network: str = "",
+        monitor: str = "accuracy",
+    ) -> None:
+        self.model = model
+        self.network = model.get_submodule(network) if network else model
+        self.settings: Any = settings
+        self.stages = dict(stages)
+        self.cost = cost
+        self.scheduled = 0  # cuts that were due so far, skipped ones included
+        self.failed_rounds = 0
+        self.judged_round = 0  # the newest round that counted in `failed_rounds`
+        self.first_epoch = 0
+        self.next_cut = settings.warmup_epochs
+        self.stopped = False
+        self.candidate: dict[str, Any] | None = None
+        self.record = PruningRecord(
+            monitor=monitor,
+            mode=settings.mode,
+            target=settings.target,
+            target_kind=settings.target_kind,
+            tolerance=settings.tolerance,
+            network=network,
+            cost=cost,
+        )
+        self._last_value: float | None = None
+
+    # --- what pruners of other units add ------------------------------------------------------------------------
+
+    def describe(self, record: RoundRecord) -> RoundRecord:
+        """Complete the record of the present structure."""
+        return record
+
+    def remove(self, budget: float, optimizers: Iterable[Optimizer]) -> bool:
+        """Cut the network down to a budget; return whether it is met."""
+        stage = next(iter(self.stages.values()))
+        return stage.apply(stage.plan(budget, self.cost), optimizers)
+
+    def check_target(self) -> None:
+        """Refuse a target that no cut can reach."""
+
+    def measured_cost(self) -> ModelCost:
+        """Cost of the network as it is now; it changes when layers lose channels."""
+        return self.cost
+
+    # --- one epoch ----------------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Present rank per group and layer."""
+        return {name: pair.rank for name, pair in named_pairs(self.network).items()}
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether no cut was due yet."""
+        return self.scheduled == 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `update` must see gradients."""
+        return any(stage.needs_gradients for stage in self.stages.values())
+
+    def begin(self, epoch: int) -> None:
+        """Start the warm-up at an epoch other than 0."""
+        self.first_epoch = epoch
+        self.next_cut = epoch + self.settings.warmup_epochs
+
+    def cut_due(self, epoch: int) -> bool:
+        """Whether a cut has to be made before `epoch` (counted from 0) trains."""
+        return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
+
+    def update(self, optimizer: Optimizer | None = None) -> None:
+        """Add the scores of the gradients that stand now; once per optimizer step.
+
+        Args:
+            optimizer: The one that is about to step, where there are several; stages that it does not concern wait.
+        """
+        for stage in self.stages.values():
+            if optimizer is None or stage.holds(optimizer):
+                stage.update()
+
+    @contextmanager
+    def collecting(self, scale: float = 1.0) -> Iterator[None]:
+        """Watch the forward and backward passes inside the ``with`` block; a sample of the batches is enough.
+
+        Args:
+            scale: What the loss is multiplied with, under mixed precision.
+        """
+        with ExitStack() as stack:
+            for stage in self.stages.values():
+                watching = stage.collecting(scale)
+                if watching is not None:
+                    stack.enter_context(watching)
+            yield
+
+    def start_epoch(self) -> None:
+        """Forget scores of earlier warm-up epochs, when the head was still new; call it as an epoch starts."""
+        if self.warming_up:
+            for stage in self.stages.values():
+                stage.reset()
+
+    def cut(self, epoch: int, *, optimizers: Iterable[Optimizer] = ()) -> bool:
+        """Remove the weakest units down to the budget of the next round.
+
+        Returns:
+            Whether a cut was made. It is skipped, with a warning, when there are no finite scores, or when the weights
+            have become NaN since they were taken.
+        """
+        settings = self.settings
+        self.scheduled += 1
+        self.next_cut = epoch + settings.epochs_per_round
+        kept = kept_share(self.scheduled, rounds=settings.rounds, target=settings.target, schedule=settings.schedule)
+        before = self.record.rounds[-1].accuracy_best if self._last_value is None else self._last_value
+        try:
+            if not self._is_sound():
+                raise NoScoresError("the weights are NaN or infinite.")
+            reached = self.remove(kept * self.record.original(settings.target_kind), list(optimizers))
+        except NoScoresError as error:
+            warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
+            return False
+        self.cost = self.measured_cost()
+        for stage in self.stages.values():
+            stage.rebind()
+        self.record.rounds.append(self._round_record(len(self.record.rounds), epoch, before))
+        if self.scheduled == settings.rounds and not reached:
+            warnings.warn(
+                "the last round did not reach the budget: a lower bound per layer or the largest share of a layer that "
+                "one round may remove stood in the way; use more rounds or loosen it.",
+                stacklevel=2,
+            )
+        return True
+
+    def observe(self, value: float) -> None:
+        """Take the monitored value of a validation of the present structure.
+
+        NaN and infinity do not count, nor does any value of a model with such weights: it may still guess one class.
+        """
+        value = float(value)
+        if not math.isfinite(value) or not self._is_sound():
+            return
+        self._last_value = value
+        last = self.record.rounds[-1]
+        if last.accuracy_after is None:
+            self.record.update_last(accuracy_after=value)
+        improved = last.accuracy_best is None or self._better(value, last.accuracy_best)
+        if not improved:
+            return
+        self.record.update_last(accuracy_best=value)
+        if last.round == 0:
+            self.record.reference = value
+            self.record.reference_state = self._state()
+            self.record.reference_widths = widths_of(self.model)
+        elif self.tolerated(value):
+            # Rounds only ever get smaller, so the newest tolerated structure is the smallest.
+            state, widths = self._state(), widths_of(self.model)
+            self.candidate = {"round": last.round, "value": value, "state": state, "widths": widths}
+
+    def tolerated(self, value: float) -> bool:
+        """Whether a monitored value is within the tolerance of the reference."""
+        if self.settings.tolerance is None or self.record.reference is None:
+            return True
+        sign = 1.0 if self.settings.mode == "max" else -1.0
+        return bool(sign * (value - self.record.reference) >= -self.settings.tolerance - 1e-12)
+
+    def should_stop(self, epoch: int) -> bool:
+        """Whether to stop training after `epoch`: too many rounds ended below the tolerance and a cut would be next."""
+        if self.stopped or self.settings.tolerance is None or not self.cut_due(epoch + 1):
+            return self.stopped
+        last = self.record.rounds[-1]
+        if last.round > self.judged_round and last.accuracy_best is not None:
+            self.judged_round = last.round
+            self.failed_rounds = 0 if self.tolerated(last.accuracy_best) else self.failed_rounds + 1
+        self.stopped = self.failed_rounds >= self.settings.patience_rounds
+        return self.stopped
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def restore(self, *, optimizers: Iterable[Optimizer] = ()) -> RoundRecord:
+        """Put the smallest model that met the tolerance back, whatever was tried later.
+
+        A model whose weights have become NaN or infinite gives way to the last sound one in any case.
+
+        Returns:
+            The round the model now has.
+        """
+        state, widths, index = None, {}, len(self.record.rounds) - 1
+        newest = self.candidate is not None and self.candidate["round"] == self.record.rounds[-1].round
+        broken = not self._is_sound()
+        if self.candidate is not None and (newest or broken or self.settings.tolerance is not None):
+            state, index = self.candidate["state"], self.candidate["round"]
+            widths = self.candidate.get("widths", {})
+        elif (broken or self.settings.tolerance is not None) and self.record.reference_state is not None:
+            state, index, widths = self.record.reference_state, 0, self.record.reference_widths
+        if broken:
+            left = f"the model of round {index} is taken" if state is not None else "no validation saw a sound model"
+            warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
+        if state is not None:
+            set_widths(self.model, widths)
+            load_tensors(self.model, state)
+            for optimizer in optimizers:
+                drop_stale_optimizer_state(optimizer)
+        self.finish(index)
+        return self.record.rounds[index]
+
+    def finish(self, index: int | None = None) -> None:
+        """Mark a round (by default the newest) as the one the run ended with, and let the candidate go."""
+        self.record.chosen = len(self.record.rounds) - 1 if index is None else index
+        self.candidate = None
+        for stage in self.stages.values():
+            stage.reset()
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Average scores and statistics over processes, before `cut`."""
+        for stage in self.stages.values():
+            stage.reduce(reduce)
+
+    def set_cost(self, cost: ModelCost) -> None:
+        """Replace the cost, once MACs could be measured; no layer may have lost channels yet.
+
+        Raises:
+            ValueError: If the target is out of reach.
+        """
+        self.cost = self.record.cost = cost
+        self.check_target()
+        for i, old in enumerate(self.record.rounds):
+            macs = None if cost.fixed_macs is None else cost.deployed(old.ranks, "macs")
+            self.record.rounds[i] = RoundRecord(**{**vars(old), "macs": macs})
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {
+            "scheduled": self.scheduled,
+            "failed_rounds": self.failed_rounds,
+            "judged_round": self.judged_round,
+            "first_epoch": self.first_epoch,
+            "next_cut": self.next_cut,
+            "stopped": self.stopped,
+            "last_value": self._last_value,
+            "candidate": self.candidate,
+            "stages": {name: stage.state_dict() for name, stage in self.stages.items()},
+            "record": self.record.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; the model must have the structure of then."""
+        self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
+        self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
+        self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
+        self.first_epoch = int(state["first_epoch"])
+        self.candidate = state["candidate"]
+        for name, stage in self.stages.items():
+            if name in state["stages"]:
+                stage.load_state_dict(state["stages"][name])
+        record, settings = self.record, self.settings
+        monitor, network = record.monitor, record.network
+        record.load_state_dict(state["record"])
+        if record.chosen is not None:  # a finished run goes on from the round it ended with
+            record.rounds = record.rounds[: record.chosen + 1]
+            record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        if record.tolerance != settings.tolerance:
+            self.failed_rounds, self.stopped = 0, False
+        # What decides from now on are the settings of this run, and reports must say so.
+        record.monitor, record.network, record.mode = monitor, network, settings.mode
+        record.target, record.target_kind = settings.target, settings.target_kind
+        record.tolerance = settings.tolerance
+        self.cost = record.cost
+        self.cost = self.measured_cost()
+
+    def _better(self, value: float, other: float) -> bool:
+        return value > other if self.settings.mode == "max" else value < other
+
+    def _is_sound(self) -> bool:
+        # Buffers may hold infinity, in masks of attention.
+        broken = any(bool(buffer.isnan().any()) for buffer in self.model.buffers())
+        return not broken and all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def _state(self) -> dict[str, Tensor]:
+        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
+
+    def _round_record(self, index: int, epoch: int, before: float | None = None) -> RoundRecord:
+        cost, ranks = self.cost, self.ranks
+        record = RoundRecord(
+            round=index,
+            epoch=epoch,
+            ranks=ranks,
+            bases=cost.deployed(ranks, "bases"),
+            params=cost.deployed(ranks, "params"),
+            macs=None if cost.fixed_macs is None else cost.deployed(ranks, "macs"),
+            accuracy_before=before,
+        )
+        return self.describe(record)
+
+
+def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) -> int:
+    """All rounds that fit into a number of epochs; at least 0."""
+    return max(0, (epochs - warmup_epochs) // epochs_per_round)

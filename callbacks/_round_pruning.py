@@ -1,0 +1,369 @@
+"""What all pruning callbacks do alike: they feed a `bsdp.rounds.RoundPruner` from Lightning's hooks."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+import bsdp
+from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
+from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
+from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value
+from bsdp.callbacks._processes import mean_over_processes, rewrap
+from bsdp.callbacks._pruned_files import write_pruned
+from bsdp.callbacks._random_states import random_states, restore_random_states
+from bsdp.callbacks._records import describe_cut, structure_values
+from bsdp.callbacks._scheduling import check_validation, scheduled_settings
+from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
+from bsdp.compiling import forget_graphs
+from bsdp.cost import ModelCost
+from bsdp.record import PruningRecord
+from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.structure import structure_of
+
+
+class RoundPruning(Callback):
+    """Base of the callbacks that prune in rounds; not for use on its own.
+
+    Args:
+        settings: What to do, with any number of rounds.
+        rounds: Number of cuts; None for as many as fit.
+        monitor: Name of the logged validation metric.
+        restore_best: End with the smallest model that met the tolerance; false: with the last one.
+        save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+    """
+
+    needs_example = False  # whether the pruner can only be built with an example of the network's input
+    new_bias = False  # whether cuts move means into biases, which then count
+
+    def __init__(
+        self, settings: RoundSettings, *, rounds: int | None, monitor: str, restore_best: bool, save_pruned: bool
+    ) -> None:
+        self.settings: Any = settings
+        self.rounds = rounds
+        self.monitor = monitor
+        self.restore_best = restore_best
+        self.save_pruned = save_pruned
+        self.pruner: RoundPruner | None = None
+        self.checkpoint_path: Path | None = None
+        self.weights_path: Path | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._watching = ExitStack()
+
+    @property
+    def record(self) -> PruningRecord:
+        """What happened so far; empty before `fit`."""
+        return PruningRecord() if self.pruner is None else self.pruner.record
+
+    # --- what the callbacks add ---------------------------------------------------------------------------------
+
+    def build(
+        self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
+    ) -> RoundPruner:
+        """Make the pruner.
+
+        Args:
+            pl_module: The module.
+            cost: Cost of the network in it.
+            network: Dotted name of the network.
+            shapes: Shapes of the network's inputs for one example; empty while they are not known.
+        """
+        raise NotImplementedError
+
+    def check_module(self, pl_module: LightningModule) -> None:
+        """Refuse a module that this callback cannot prune."""
+
+    def check_epoch(self, pl_module: LightningModule) -> None:
+        """Refuse what somebody changed since the last epoch."""
+
+    def check_optimizers(self, trainer: Trainer) -> None:
+        """Refuse optimizers whose steps cannot be scored."""
+
+    def ceiling(self) -> str | None:
+        """The largest target, in words."""
+        return None
+
+    # --- set-up -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything runs."""
+        if stage != "fit":
+            return
+        self.pruner = self._loaded = self.checkpoint_path = self.weights_path = None  # another fit starts anew
+        refuse_unsupported(trainer, self)
+        write_whole_checkpoints(trainer)
+        if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
+            raise ValueError(
+                f"`{type(self).__name__}(tolerance=...)` needs validation metrics, which `Trainer(barebones=True)` "
+                "does not give. Set `tolerance: null` to prune to the budget alone, or leave `barebones` out."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the pruner on the module; check what can be checked without data."""
+        self.pruner = None
+        self.check_module(pl_module)
+        network = only_network(pl_module)
+        part = pl_module.get_submodule(network) if network else pl_module
+        shapes: list[list[int]] = []
+        if pl_module.example_input_array is not None:
+            example = pl_module.example_input_array
+            cost, shapes = measure_module_cost(pl_module, network, example, new_bias=self.new_bias)
+        elif self._loaded is not None and self.needs_example:
+            shapes = self._loaded["record"]["input_shapes"]
+            cost = bsdp.measure_cost(part, tuple(torch.zeros(s) for s in shapes), new_bias=self.new_bias)
+        elif self.needs_example:
+            return  # the first batch is needed, see `on_train_start`
+        else:
+            cost = bsdp.measure_cost(part, new_bias=self.new_bias)
+        self._build(pl_module, cost, network, shapes)
+
+    def _build(self, pl_module: LightningModule, cost: ModelCost, network: str, shapes: list[list[int]]) -> None:
+        self.pruner = self.build(pl_module, cost, network=network, shapes=shapes)
+        self.record.input_shapes = shapes
+        if self.settings.target_kind != "macs" or cost.fixed_macs is not None:
+            self._print_ceiling()
+        if self._loaded is not None:
+            self.pruner.load_state_dict(self._loaded)
+            restore_random_states(self._loaded["random"])
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The sanity check already shows whether the monitored metric is logged at all."""
+        monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None, needed_by=self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the rounds into the epochs and check the optimizers, before the first step."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        refuse_optimizers(trainer.optimizers)
+        if self.pruner is None:
+            network = only_network(pl_module)
+            batch = first_example(trainer)
+            try:
+                cost, shapes = measure_on_batch(pl_module, network, batch, new_bias=self.new_bias)
+            except ValueError as error:
+                raise ValueError(
+                    f"`{type(self).__name__}` needs the shape of the input, but {error}. {_ADVICE}"
+                ) from error
+            self._build(pl_module, cost, network, shapes)
+        pruner = self._pruner()
+        rounds = self.rounds
+        if self._loaded is None:
+            pruner.begin(trainer.current_epoch)
+        elif rounds is None:  # epochs that are added to a run train its final structure
+            rounds = self._loaded["rounds"]
+        self._loaded = None
+        check_validation(trainer, self.settings, self.monitor, needed_by=self)
+        pruner.settings = scheduled_settings(trainer, self.settings, rounds=rounds, first_epoch=pruner.first_epoch)
+        trainer.should_stop = trainer.should_stop or pruner.stopped
+        self.check_optimizers(trainer)
+
+    # --- one epoch ----------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the cut that is due, so that no checkpoint carries a new structure under an old metric."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.check_epoch(pl_module)
+        self._begin_epoch(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure MACs on the first batch, and watch the network on some batches."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        if self.record.cost.fixed_macs is None and not self.record.input_shapes:
+            self._measure(trainer, pl_module, batch)
+        if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
+            self._begin_epoch(trainer, pl_module)
+        self._detach()
+        if is_watched(trainer, batch_idx):
+            self._watching.enter_context(pruner.collecting(loss_scale(trainer)))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Score the gradients, which here are unscaled and not yet clipped."""
+        if self.pruner is not None:
+            self.pruner.update(optimizer)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop watching; validation must not count."""
+        self._detach()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the monitored value."""
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        self._agree(trainer)
+        needed = self.settings.tolerance is not None
+        value = monitored_value(trainer, self.monitor, needed=needed, needed_by=self)
+        if value is None:
+            return
+        first = self.record.rounds[-1].accuracy_after is None
+        pruner.observe(value)
+        last = self.record.rounds[-1]
+        if first and last.accuracy_after is not None and last.round > 0:
+            log_around_cut(trainer, self.record)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the structure, and stop when too many rounds ended below the tolerance."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._log_structure(trainer, pl_module)
+        self._agree(trainer)
+        pruner = self._pruner()
+        if not pruner.stopped and pruner.should_stop(trainer.current_epoch):
+            last = self.record.rounds[-1]
+            rank_zero_info(
+                f"bsdp: round {last.round} ended at {self.monitor}={last.accuracy_best:.4f}, more than the tolerance "
+                f"{self.settings.tolerance} from the reference {self.record.reference:.4f}: pruning stops"
+            )
+        if pruner.stopped:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the smallest tolerated model in the module and on disk."""
+        self._detach()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pruner = self._pruner()
+        if self.restore_best:
+            chosen = pruner.restore(optimizers=trainer.optimizers)
+        else:
+            pruner.finish()
+            chosen = self.record.rounds[-1]
+        if pruner.scheduled < pruner.settings.rounds and not pruner.stopped:
+            rank_zero_warn(
+                f"training ended after {pruner.scheduled} of {pruner.settings.rounds} pruning rounds, short of "
+                f"`target={self.settings.target}`: something other than the tolerance stopped it (`max_steps`, "
+                "`max_time`, `EarlyStopping`, ...). Let it train longer, or set fewer `rounds`."
+            )
+        params = self.record.kept(chosen, "params")
+        assert params is not None
+        if chosen.round == 0 and len(self.record.rounds) > 1 and self.settings.tolerance is not None:
+            rank_zero_warn(
+                f"no pruned model was within `tolerance={self.settings.tolerance}` of the reference "
+                f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more "
+                "rounds, or allow a larger tolerance."
+            )
+        rank_zero_info(f"bsdp: finished with the model of round {chosen.round}: {params:.1%} of the parameters kept")
+        if self.save_pruned:
+            self.checkpoint_path, self.weights_path = write_pruned(trainer, pl_module, pruner.network)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish a run that was stopped after its last epoch."""
+        self.finish_resumed(trainer, pl_module)
+
+    def finish_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what `on_train_end` does, if a resumed run had nothing left to train, so that nobody called that hook."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or loaded["rounds"] is None or loaded["record"]["chosen"] is not None:
+            return
+        self._pruner().settings = replace(self.settings, rounds=loaded["rounds"])
+        self.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._detach()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the structure, from which a module is rebuilt before its weights load."""
+        checkpoint["bsdp"] = structure_of(pl_module)
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        if self.pruner is None:
+            return {}
+        started = self.pruner.settings is not self.settings
+        state = {
+            **self.pruner.state_dict(),
+            "rounds": self.pruner.settings.rounds if started else None,
+            "random": random_states(),
+        }
+        if self.record.chosen is not None:
+            state["record"]["reference_state"] = None  # a finished run needs it no more
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the pruner is built, when the module has the saved structure."""
+        self._loaded = state_dict or None
+
+    # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _pruner(self) -> RoundPruner:
+        assert self.pruner is not None
+        return self.pruner
+
+    def _print_ceiling(self) -> None:
+        words = self.ceiling()
+        if words is not None:
+            rank_zero_info(f"bsdp: {words}")
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
+        pruner = self._pruner()
+        try:
+            cost, self.record.input_shapes = measure_on_batch(
+                pl_module, self.record.network, batch, new_bias=self.new_bias
+            )
+        except ValueError as error:
+            reason = str(error)
+        else:
+            pruner.set_cost(cost)
+            if self.settings.target_kind == "macs":
+                self._print_ceiling()
+            return
+        if self.settings.target_kind == "macs":
+            raise ValueError(f"`target_kind: macs` needs the MACs of the network, but {reason}. {_ADVICE}")
+        rank_zero_warn(f"MACs are not reported: {reason}. {_ADVICE}")
+        self.record.input_shapes = [[0]]
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Average scores and statistics over all processes: before a cut, and before a checkpoint of the first one."""
+        if trainer.world_size > 1:
+            self._pruner().reduce(lambda tensor: mean_over_processes(trainer, tensor))
+
+    def _log_structure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not getattr(trainer, "barebones", False):
+            # The same in all processes; the maximum, as a mean would round large numbers.
+            values = structure_values(self.record)
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cut_if_due(trainer, pl_module)
+        self._pruner().start_epoch()
+
+    def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = self._pruner()
+        if not pruner.cut_due(trainer.current_epoch):
+            return
+        if self.settings.target_kind == "macs" and self.record.cost.fixed_macs is None:
+            return  # only before the very first batch, which measures and comes back here
+        self._agree(trainer)
+        if self.record.cost.fixed_macs is None:  # nobody measured, but training has shown which layers must stay whole
+            pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
+        self.prepare_cut(trainer, pl_module)
+        if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
+            rewrap(trainer)
+            forget_graphs()
+            rank_zero_info(
+                f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
+                f"{pruner.settings.rounds} {describe_cut(self.record)}"
+            )
+
+    def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What has to happen just before a cut."""
+
+    def _detach(self) -> None:
+        self._watching.close()
+
+
+_ADVICE = "Set `example_input_array` in the LightningModule to one example."
