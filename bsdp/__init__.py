@@ -8,6 +8,8 @@ from bsdp.batch_norm_folding import BatchNormFolding, fold_batch_norm
 from bsdp.calibration import collect_output_moments, rebase
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
+from bsdp.delta_files import AppliedDelta, load_delta, save_delta
+from bsdp.diff_pruning import SparseDelta, attach_deltas, detach_deltas, named_deltas, project_deltas
 from bsdp.export import ExportReport, export
 from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
@@ -27,6 +29,7 @@ from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_l
 from bsdp.structure import load_checkpoint, rebuild, structure_of
 
 __all__ = [
+    "AppliedDelta",
     "BasisPair",
     "BasisScalingConv",
     "BatchNormFolding",
@@ -43,13 +46,16 @@ __all__ = [
     "PruningSettings",
     "RoundRecord",
     "ScoreAccumulator",
+    "SparseDelta",
     "Speed",
     "SpeedComparison",
     "adopt_parameters",
+    "attach_deltas",
     "collect_output_moments",
     "compare_speed",
     "decompose",
     "describe",
+    "detach_deltas",
     "export",
     "fixed_batch_norms",
     "fold",
@@ -60,16 +66,20 @@ __all__ = [
     "layer_cost",
     "load",
     "load_checkpoint",
+    "load_delta",
     "measure_cost",
     "measure_latency",
+    "named_deltas",
     "named_pairs",
     "pair_from_layer",
     "plot_pruning_curves",
+    "project_deltas",
     "prune",
     "read_metadata",
     "rebase",
     "rebuild",
     "save",
+    "save_delta",
     "select",
     "structure_of",
     "summarize",

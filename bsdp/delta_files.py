@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +35,7 @@ def save_delta(
     """Write the projected deltas of a model, and its head, to one small file.
 
     Args:
-        model: A model with deltas whose masks are fixed (`attach_deltas`, then `project`).
+        model: A model with deltas whose masks are fixed (`attach_deltas`, then `project_deltas`).
         path: Target, usually ending in ``.safetensors``; an existing file is replaced.
         head: Names of the modules that are stored whole, because every task has its own; [] for none.
         metadata: Further values that JSON can hold, for example class names; read them with `read_delta_metadata`.
@@ -49,7 +48,9 @@ def save_delta(
     """
     deltas = named_deltas(model)
     if not deltas or not all(delta.fixed for delta in deltas.values()):
-        raise ValueError(f"`model` has {'gated' if deltas else 'no'} deltas: attach and `project` them first.")
+        raise ValueError(
+            f"`model` has {'gated' if deltas else 'no'} deltas: attach them and call `project_deltas` first."
+        )
     head = list(head)
     stored = _head_tensors(model, head)
     parameters, indices, values = [], [], []
@@ -109,18 +110,19 @@ def read_delta_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return dict(_header(file, Path(path))["metadata"])
 
 
-@dataclass
 class AppliedDelta:
     """A delta that is on a model; a context manager that takes it off again.
 
-    Attributes:
+    Args:
         entries: Number of non-zero entries.
         metadata: What the file's author wrote.
+        before: Modules, and what was in them by name, in the order of the changes.
     """
 
-    entries: int
-    metadata: dict[str, Any]
-    _before: list[tuple[nn.Module, dict[str, Any]]]
+    def __init__(self, entries: int, metadata: dict[str, Any], before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+        self.entries = entries
+        self.metadata = metadata
+        self._before = before
 
     def remove(self) -> None:
         """Put the parameters of backbone and head back, the very objects from before; a second time: nothing."""

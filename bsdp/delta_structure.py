@@ -46,7 +46,7 @@ def deltas_like(model: nn.Module, saved: object) -> Iterator[None]:
         yield
         return
     names, options, fixed = _checked(saved)
-    known = present or (dict[str, Any]() if named_pairs(model) else delta_parameters(model))
+    known: dict[str, Any] = {**present} or ({} if named_pairs(model) else delta_parameters(model))
     unknown = [name for name in names if name not in known]
     if unknown or (present and len(present) != len(names)):
         raise ValueError(

@@ -284,7 +284,7 @@ def keep_entries(deltas: Mapping[str, SparseDelta], kept: Tensor) -> None:
         delta.fix(part.view(delta.value.shape).to(delta.value.device))
 
 
-def project(deltas: Mapping[str, SparseDelta], density: float) -> int:
+def project_deltas(deltas: Mapping[str, SparseDelta], density: float) -> int:
     """Keep exactly the largest share of |delta| over all parameters; these train on, the others stay 0.
 
     Args:

@@ -112,10 +112,11 @@ class TransferTask(LightningModule):
             return super().load_from_checkpoint(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the structure of a decomposed network where no callback did, as with ``save_weights_only``."""
+        """Write the structure of a changed network where no callback did, as with ``save_weights_only``."""
+        from bsdp.diff_pruning import SparseDelta
         from bsdp.structure import structure_of
 
-        if any(isinstance(module, BasisPair) for module in self.modules()):
+        if any(isinstance(module, (BasisPair, SparseDelta)) for module in self.modules()):
             checkpoint.setdefault("bsdp", structure_of(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
