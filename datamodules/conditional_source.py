@@ -1,6 +1,5 @@
 """`ConditionalSourceDataModule`: a target, and the source images that are most useful for it."""
 
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -200,18 +199,19 @@ class ConditionalSourceDataModule(LightningDataModule):
 
     @torch.no_grad()
     def _describe(self, data: ImageDataModule) -> Tensor:
-        return torch.cat(list(self._feature_batches(data)))
-
-    def _feature_batches(self, data: ImageDataModule) -> Iterator[Tensor]:
-        if self.features is None and self.feature_size > min(data.image_shape[1:]):
+        """Compute the features of all training images of one side, ``[n, d]``."""
+        batches = (images for images, _ in data.plain_train_dataloader())
+        if self.features is not None:
+            modes = {module: module.training for module in self.features.modules()}
+            self.features.eval()
+            outputs = torch.cat([self.features(images).flatten(1).float() for images in batches])
+            for module, mode in modes.items():
+                module.training = mode
+            return outputs
+        if self.feature_size > min(data.image_shape[1:]):
             side = "source" if data is self.source else "target"
             raise ValueError(
                 f"`feature_size` must be at most the height and width of the images, got {self.feature_size} for "
                 f"images of {data.image_shape[1]}x{data.image_shape[2]} in the {side}. Lower it."
             )
-        network = None if self.features is None else self.features.eval()
-        for images, _ in data.plain_train_dataloader():
-            if network is None:
-                yield low_resolution_features(images, size=self.feature_size)
-            else:
-                yield network(images).flatten(1).float().cpu()
+        return torch.cat([low_resolution_features(images, size=self.feature_size) for images in batches])
