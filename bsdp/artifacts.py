@@ -109,11 +109,12 @@ def find_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
         backbones: Whether the error speaks of backbone names, too.
 
     Raises:
-        FileNotFoundError: If there is none; the message names the checkpoints that are there.
+        FileNotFoundError: If there is none; the message names the checkpoints or the newest run that are there.
     """
     path = Path(target).expanduser()
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_file = path.is_file()
+        is_folder = path.is_dir() and str(target) != ""  # which would mean the present folder
     except OSError:  # for example a name that is too long
         is_file = is_folder = False
     if is_file:
@@ -126,6 +127,13 @@ def find_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
         )
     if (path / PRUNED_CHECKPOINT).is_file():
         return path / PRUNED_CHECKPOINT
+    runs = [p.parent for pattern in ("*/", "*/*/") for p in path.glob(pattern + PRUNED_CHECKPOINT)]
+    if runs:
+        newest = max(runs, key=lambda run: (run / PRUNED_CHECKPOINT).stat().st_mtime)
+        raise FileNotFoundError(
+            f"the folder {str(target)!r} is not that of a run, but has {len(runs)} of them. Give one; the newest is "
+            f"{str(newest)!r}."
+        )
     files = sorted(p for pattern in ("*.ckpt", "*/*.ckpt", "*.safetensors") for p in path.glob(pattern))
     others = ", ".join(str(p.relative_to(path)) for p in files[:5])
     advice = f"Give one of its files instead: {others}." if files else "There is no other checkpoint in it, either."

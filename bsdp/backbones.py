@@ -120,6 +120,7 @@ def _check(spec: str, num_classes: int | None, head: str) -> None:
             f"{', '.join(near) or 'none'}; {listing}."
         )
     known = list_backbones(family)
+    listing = listing.replace("()", f'("{family}")')
     if (spec.split(".")[0] if family == "timm" else spec) not in known:
         near = difflib.get_close_matches(spec, known, n=3, cutoff=0.3)
         raise ValueError(f"`backbone`: unknown {spec!r}. Near: {', '.join(near) or 'none'}; {listing}.")

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import linecache
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -222,7 +223,8 @@ def _message_for_users(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
         lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
-        return " ".join(line for line in lines if line and not line.startswith(_NOISE)) + ". --help lists the options."
+        text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+        return re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", text) + ". --help lists the options."
     return str(error) if type(error).__name__ == "MisconfigurationException" else None
 
 

@@ -120,6 +120,7 @@ def benchmark(
         device: ``cpu`` or ``cuda``.
     """
     place = _device(device)
+    check_at_least("batch_size", min(batch_size, default=0), 1)
     artifact = load_artifact(ckpt)
     example = _example(artifact, image_size)
     layouts = {"try": ("contiguous", "channels_last"), "always": ("channels_last",), "never": ("contiguous",)}

@@ -1,5 +1,6 @@
 """Networks read back from what a run leaves behind."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,19 @@ def test_folders_without_a_pruned_checkpoint_name_the_others(run: Path, tmp_path
         load_artifact(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file or folder 'gone'.*or the name of a backbone"):
         load_artifact("gone", backbones=True)
+    with pytest.raises(FileNotFoundError, match="no file or folder ''"):  # not the present folder
+        load_artifact("")
+
+
+def test_a_folder_of_runs_names_the_newest(tmp_path: Path) -> None:
+    for age, name in enumerate(("net/version_1", "net/version_0", "net/version_2")):
+        path = tmp_path / name / "pruned.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    for folder in (tmp_path, tmp_path / "net"):
+        with pytest.raises(FileNotFoundError, match=r"has 3 of them.* newest is '.*net.version_1'"):
+            load_artifact(folder)
 
 
 def test_foreign_modules_are_told_the_way_in_python(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_timm_backbones() -> None:
     assert (backbone.head, backbone.image_size) == ("fc", 176)
     assert backbone.network(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
     assert "timm:resnet18" in list_backbones("timm")
-    with pytest.raises(ValueError, match=r"Near: timm:resnet10t"):
+    with pytest.raises(ValueError, match=r"Near: timm:resnet10t.*list_backbones\(\"timm\"\)\)'` lists them"):
         build_backbone("timm:resnet10x", weights="none")
 
 

@@ -145,7 +145,7 @@ def test_a_file_that_fails_the_check_is_not_kept(
         (["--format", "onnx", "--channels-last"], "`channels_last` is a memory layout of torch, which onnx files"),
         (["--format", "safetensors", "--channels-last"], "`channels_last` is a memory layout of torch"),
         (["--format", "safetensors", "--dynamic-batch"], "`dynamic_batch`: a safetensors file holds weights"),
-        (["--format", "pt3"], "pt3"),
+        (["--format", "pt3"], "Expected one of 'onnx', 'pt2', 'safetensors'. Got value: pt3"),
         ([], "format"),
         (["--format", "pt2", "--image-size", "0"], "`image_size` must be at least 1, got 0"),
         (["--format", "pt2", "--image-size", "many"], "image_size"),
@@ -219,7 +219,7 @@ def test_benchmark(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     text = done(capsys, *common, "--batch-size", "1", "--channels-last", "never", "--image-size", "4")
     assert "channels_last" not in text and "images 3x4x4" in text
-    assert "`batch_sizes` must be at least 1" in refused(capsys, *common, "--batch-size", "0")
+    assert "`batch_size` must be at least 1, got 0" in refused(capsys, *common, "--batch-size", "0")
     assert "`threads` must be between 1 and 1024" in refused(capsys, "benchmark", "--ckpt", run, "--threads", "0")
     assert "`device` must be cpu or cuda, got 'abacus'" in refused(capsys, *common, "--device", "abacus")
     assert "`device` must be cpu or cuda, got 'meta'" in refused(capsys, *common, "--device", "meta")
