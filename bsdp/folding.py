@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
+from bsdp.diff_pruning import detach_deltas
 from bsdp.factorize import to_float64
 from bsdp.layers import (
     GEOMETRY,
@@ -51,6 +52,7 @@ def fold(model: nn.Module) -> nn.Module:
     for pair, layer in pairs.items():
         copy_hooks(pair, layer, memo)
     fold_scales(folded)
+    detach_deltas(folded, merge=True)
     forget_widths(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -1,9 +1,19 @@
 """Lightning callbacks. `BasisDecomposition` and `IterativeBasisPruning` are all that a training run needs to add."""
 
 from bsdp.callbacks.basis_decomposition import BasisDecomposition
+from bsdp.callbacks.channel_pruning import ChannelPruning
+from bsdp.callbacks.diff_pruning import DiffPruning
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
 from bsdp.callbacks.pruning_report import PruningReport
 from bsdp.callbacks.source_pretraining import SourcePretraining
 from bsdp.callbacks.wandb_curves import WandbPruningCurves
 
-__all__ = ["BasisDecomposition", "IterativeBasisPruning", "PruningReport", "SourcePretraining", "WandbPruningCurves"]
+__all__ = [
+    "BasisDecomposition",
+    "ChannelPruning",
+    "DiffPruning",
+    "IterativeBasisPruning",
+    "PruningReport",
+    "SourcePretraining",
+    "WandbPruningCurves",
+]

@@ -30,6 +30,14 @@ def write_pruned(trainer: Trainer, pl_module: LightningModule, network: nn.Modul
     return checkpoint, weights
 
 
+def write_delta(trainer: Trainer, pl_module: LightningModule, network: nn.Module, *, head: str) -> Path:
+    """Write the deltas of a network and its head, ``delta.safetensors``; call it on all processes."""
+    path: Path = trainer.strategy.broadcast(unused_path(run_folder(trainer) / "delta.safetensors", trainer=trainer))
+    if trainer.is_global_zero:
+        bsdp.save_delta(network, path, head=[head], metadata=_metadata(trainer, pl_module))
+    return path
+
+
 def _metadata(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     describe = getattr(pl_module, "export_metadata", None)
     metadata = dict(describe()) if callable(describe) else {}

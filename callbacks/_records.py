@@ -58,6 +58,14 @@ def find_summary(trainer: Trainer) -> dict[str, Any] | None:
     return None
 
 
+def find_details(trainer: Trainer) -> dict[str, Any]:
+    """What callbacks of this trainer add to the summary under names of their own, plain values."""
+    details: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        details.update(getattr(callback, "summary_details", None) or {})
+    return details
+
+
 def structure_values(record: PruningRecord) -> dict[str, float]:
     """The present structure as logged values, see the table of `IterativeBasisPruning`."""
     last = record.rounds[-1]
@@ -66,6 +74,10 @@ def structure_values(record: PruningRecord) -> dict[str, float]:
         value, kept = getattr(last, kind), record.kept(last, kind)
         if value is not None and kept is not None:
             values[f"bsdp/{kind}"], values[f"bsdp/{kind}_kept"] = float(value), kept
+    kept = record.kept(last, "channels")
+    if kept is not None:
+        values["bsdp/channels"], values["bsdp/channels_kept"] = float(sum(last.channels.values())), kept
+        values.update({f"bsdp/channels/{name}": float(count) for name, count in last.channels.items()})
     return values | {f"bsdp/rank/{name}": float(rank) for name, rank in last.ranks.items()}
 
 
@@ -74,4 +86,9 @@ def describe_cut(record: PruningRecord) -> str:
     last = record.rounds[-1]
     kept = {kind: record.kept(last, kind) for kind in ("params", "macs")}
     shown = [f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None]
-    return f"leaves {', '.join(shown)}, {last.bases} bases"
+    if last.ranks:
+        shown.append(f"{last.bases} bases")
+    if last.channels:
+        shown.append(f"{sum(last.channels.values())} channels")
+    what = f" (cut of {last.stage})" if last.stage else ""
+    return f"leaves {', '.join(shown)}{what}"

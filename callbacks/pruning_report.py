@@ -17,7 +17,7 @@ from torch import nn
 from bsdp._checks import check_at_least
 from bsdp.callbacks._comparison import file_sizes, fold_network, latencies, macs, network_of
 from bsdp.callbacks._evaluation import cannot_test, evaluate, random_state_kept, weights
-from bsdp.callbacks._records import find_file, find_record, finish_pruning
+from bsdp.callbacks._records import find_details, find_file, find_record, finish_pruning
 from bsdp.callbacks._run_folder import run_folder, unused_path
 from bsdp.plots import plot_pruning_curves
 from bsdp.record import PruningRecord
@@ -89,7 +89,7 @@ class PruningReport(Callback):
                 measured |= self._compared(trainer, pl_module, record, original, notes)
             seed = os.environ.get("PL_GLOBAL_SEED")
             facts = Measurements(**measured, seed=int(seed) if seed else None, notes=tuple(notes))
-            self.summary = summarize(record, facts)
+            self.summary = summarize(record, facts) | find_details(trainer)
             self._write(trainer, record, folder)
 
     def _tested(

@@ -11,6 +11,7 @@ from tests.helpers.pruning_runs import Stripes, StripesWithSource
 # What a callback needs beside it in the trainer, arguments for a quick run, and data if the plain ones will not do.
 SETTINGS: dict[str, dict[str, Any]] = {
     "BasisDecomposition": {},
+    "DiffPruning": {"arguments": {"gate_epochs": 1, "density": 0.1}},
     "IterativeBasisPruning": {"arguments": {"target": 0.5, "tolerance": None}, "beside": [BasisDecomposition]},
     "PruningReport": {
         "arguments": {"latency_repeats": 1},
