@@ -74,6 +74,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], *, m
     try:
         save_file(tensors, partial, metadata=metadata)
         partial.chmod(0o666 & ~_umask())  # the library makes files that nobody else can read
+        with partial.open("rb+") as file:  # on the disk before it takes the older file's place
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

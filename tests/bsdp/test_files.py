@@ -349,3 +349,14 @@ def test_a_module_around_the_network_is_told_to_pass_the_network(tmp_path: Path)
     module = nn.ModuleDict({"net": make_net("conv")})
     with pytest.raises(ValueError, match=r"no such layer: pass the network in it, `model\.net`"):
         bsdp.load(module, path)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[object] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (steps.append(os.fstat(number).st_ino), sync(number)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append("moved"), replace(old, new)))
+    path = bsdp.save(nn.Sequential(nn.Linear(4, 4)), tmp_path / "net.safetensors")
+    assert steps == [path.stat().st_ino, "moved"]
