@@ -129,6 +129,8 @@ class RoundPruning(Callback):
         self.record.input_shapes = shapes
         if self.settings.target_kind != "macs" or cost.fixed_macs is not None:
             self._print_ceiling()
+        if cost.fixed_macs is not None:
+            self._print_whole()
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
             restore_random_states(self._loaded["random"])
@@ -307,6 +309,15 @@ class RoundPruning(Callback):
         if words is not None:
             rank_zero_info(f"bsdp: {words}")
 
+    def _print_whole(self) -> None:
+        """Name the layers that no round will cut, once the network was seen to run."""
+        names = [name for name, layer in self.record.cost.layers.items() if layer.whole]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rank_zero_info(
+                f"bsdp: kept whole: {shown}: the model reads their weight or bias, or passes more than the input"
+            )
+
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
         pruner = self._pruner()
@@ -318,6 +329,7 @@ class RoundPruning(Callback):
             reason = str(error)
         else:
             pruner.set_cost(cost)
+            self._print_whole()
             if self.settings.target_kind == "macs":
                 self._print_ceiling()
             return
@@ -350,6 +362,8 @@ class RoundPruning(Callback):
         self._agree(trainer)
         if self.record.cost.fixed_macs is None:  # nobody measured, but training has shown which layers must stay whole
             pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
+            if pruner.scheduled == 0:
+                self._print_whole()
         self.prepare_cut(trainer, pl_module)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)

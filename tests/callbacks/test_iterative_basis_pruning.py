@@ -331,7 +331,9 @@ class Reading(nn.Module):
 
 
 @pytest.mark.parametrize("measured", [True, False])
-def test_a_layer_whose_weight_is_read_stays_whole(tmp_path: Path, measured: bool) -> None:
+def test_a_layer_whose_weight_is_read_stays_whole(
+    tmp_path: Path, measured: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     class Module(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -348,6 +350,8 @@ def test_a_layer_whose_weight_is_read_stays_whole(tmp_path: Path, measured: bool
     else:
         with pytest.warns(UserWarning, match="MACs are not reported"):
             fit(module, pruning, tmp_path, max_epochs=2)
+    told = [record.getMessage() for record in caplog.records if "kept whole" in record.getMessage()]
+    assert told == ["bsdp: kept whole: read: the model reads their weight or bias, or passes more than the input"]
     assert pruning.record.rounds[-1].ranks["read"] == 24
     assert pruning.record.rounds[-1].ranks["first"] < 24
     loaded = bsdp.load(Reading(), tmp_path / "runs" / "version_0" / "pruned.safetensors")
