@@ -141,7 +141,7 @@ def call(words: list[str], log: Path, *, tick: Tick, handles: Sequence[int] = ()
         start = file.tell()
         file.write(f"$ python train.py {' '.join(words)}\n".encode())
         file.flush()
-        command = [sys.executable, "train.py", *words]
+        command = [sys.executable, "-u", "train.py", *words]  # a killed run has said all it knew
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, pass_fds=handles)
         try:
             while process.poll() is None:

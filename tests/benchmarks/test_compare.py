@@ -182,6 +182,7 @@ def test_finetuning_is_always_there_once_and_first() -> None:
         (["--methods", "no/such.yaml"], "`--methods`: there is no file 'no/such.yaml'"),
         (["--methods", "basis,basis"], "'basis' is there twice"),
         (["--methods", "basis", "--epochs", "8"], "'basis' cannot run in the 8 epochs .* needs 9 .*--epochs"),
+        (["--callbacks.IterativeBasisPruning.epochs_per_round", "2", "--epochs", "12"], r"needs 15 \(3 \+ 6 x 2\)"),
         (["--methods", "finetune+basis", "--epochs", "1"], "too few for the 2 stages"),
         (["--epochs", "0"], "`--epochs` must be at least 1, got 0"),
         (["--seeds", "0,0"], "`--seeds` must be different whole numbers"),
@@ -201,8 +202,11 @@ def test_mistakes_are_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "list.yaml").write_text("[1, 2]")
+@pytest.mark.parametrize("content", ["[1, 2]", "{data: 1}"])
+def test_a_file_that_is_no_configuration_is_told(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.yaml").write_text(content)
     assert compare.main(words(tmp_path, "--methods", str(tmp_path / "list.yaml"))) == 2
     assert "is not a configuration of a run" in capsys.readouterr().err
 
