@@ -111,11 +111,11 @@ class StepTerms:
             for hook, names in zip(hooked, readers.of_group, strict=True)
         ]
         by_hook, by_weight = (readers.units(readers.flat(v)) if v else None for v in (hooks, weights))
-        if by_hook is None or by_weight is None:
-            terms = by_weight if by_hook is None else by_hook
-        else:
-            use = torch.tensor(hooked).repeat_interleave(torch.tensor(readers.sizes)).to(by_hook.device)
-            terms = torch.where(use, by_hook, by_weight)
+        terms = by_weight if by_hook is None else by_hook
+        if terms is not None and any(hooked) and not all(hooked):
+            use = torch.tensor(hooked).repeat_interleave(torch.tensor(readers.sizes)).to(terms.device)
+            zero = terms.new_zeros(())  # a reader may serve both kinds of groups, and one kind may be missing
+            terms = torch.where(use, zero if by_hook is None else by_hook, zero if by_weight is None else by_weight)
         return (None if terms is None else taylor_2019(terms)), seen
 
 
