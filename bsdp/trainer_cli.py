@@ -6,6 +6,7 @@ Imported only when one of them is asked for.
 import contextlib
 import csv
 import logging
+import os
 import sys
 import time
 import warnings
@@ -131,7 +132,7 @@ class TransferCLI(LightningCLI):
         print(f"Run folder: {folder}")
         pruned = Path(folder) / PRUNED_CHECKPOINT
         if pruned.is_file():
-            print(f"Pruned checkpoint: {pruned}\nTest it: bsdp test --ckpt_path {pruned}")
+            print(f"Pruned checkpoint: {pruned}\nTest it: {_program()} test --ckpt_path {pruned}")
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Predict, and write ``predictions.csv`` into the run folder if the model gives labels and probabilities."""
@@ -164,6 +165,14 @@ class TransferCLI(LightningCLI):
     @staticmethod
     def _root(config: Namespace) -> Path:
         return Path(config.trainer.default_root_dir or "logs")
+
+
+def _program() -> str:
+    """How to call this program again, as far as can be told: ``uv run`` activates its environment for one call only."""
+    script = sys.argv[0] if Path(sys.argv[0]).suffix == ".py" else ""
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:
+        return f"uv run {script or 'bsdp'}"
+    return f"python {script}" if script else "bsdp"
 
 
 def _writes_last(callback: Callback) -> bool:

@@ -169,6 +169,27 @@ def test_fit_test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert isinstance(loaded.optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.SGD)
 
 
+@pytest.mark.parametrize(
+    ("script", "variable", "words"),
+    [
+        ("/bin/bsdp", None, "bsdp test"),
+        ("train.py", None, "python train.py test"),
+        ("/bin/bsdp", "UV_RUN_RECURSION_DEPTH", "uv run bsdp test"),
+        ("train.py", "UV_RUN_RECURSION_DEPTH", "uv run train.py test"),
+    ],
+)
+def test_how_to_call_the_program_again(
+    script: str, variable: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bsdp.trainer_cli import _program
+
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    monkeypatch.setattr("sys.argv", [script, "fit"])
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    assert f"{_program()} test" == words
+
+
 def test_pruned_checkpoint_is_announced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,9 +197,12 @@ def test_pruned_checkpoint_is_announced(
         self.trainer.save_checkpoint(Path(self.trainer.log_dir or "") / "pruned.ckpt")
 
     monkeypatch.setattr(TransferTask, "on_train_end", write)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     assert cli.main(["fit", "--config", "tiny.yaml"]) == 0
     path = folder / "logs" / "tiny" / "version_0" / "pruned.ckpt"
-    assert f"Pruned checkpoint: {path}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Pruned checkpoint: {path}" in out and f"Test it: uv run train.py test --ckpt_path {path}" in out
     assert cli.main(["test", "--ckpt_path", str(path), "--trainer.limit_test_batches=1"]) == 0
 
 
