@@ -140,11 +140,12 @@ class ChannelStage:
         """Add the scores of the gradients that stand now, and then the gradient of the L1 penalty to them."""
         self.scores.update()
         if self.settings.l1:
-            for weight in self._penalised():
+            for weight in self.penalised():
                 if weight.grad is not None:
                     weight.grad.add_(weight.sign(), alpha=self.settings.l1)
 
-    def _penalised(self) -> list[Tensor]:
+    def penalised(self) -> list[Tensor]:
+        """What the L1 penalty is on: channel factors, or the batch-norm weights of the groups."""
         scales = scales_of(self.network)
         if scales is not None:
             return [scales.weight]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from bsdp.cost import layer_cost
 from bsdp.fitting import check_names_and_shapes, check_values, expected_state, meta_layer
-from bsdp.folding import empty_folded, fold_pair, unfold_into
+from bsdp.folding import empty_folded, fold, fold_pair, unfold_into
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs, plain_type
 from bsdp.reading import open_safetensors, parse_json, shown, tensors_of
+from bsdp.scale_hooks import scales_as_values
+from bsdp.structure import reshaped
 from bsdp.surgery import load_tensors, module_names
+from bsdp.widths import widths_of
 
 FORMAT_VERSION = 1
 _KINDS = ("pair", "fused", "plain")
@@ -27,7 +31,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
 
     The file holds the tensors of ``bsdp.fold(model)`` and, as JSON in its metadata under ``"bsdp"``, the format
     version, the layers' plan ``{name: {"kind": "pair" | "fused" | "plain", "rank", "bias"}}`` and the caller's
-    `metadata`. ``"plain"`` layers were never decomposed, so their rank is the full one. The file is written beside the
+    `metadata`. ``"plain"`` layers were never decomposed, so their rank is the full one. The widths
+    of a model that lost channels stand under ``"widths"`` (see `bsdp.widths.widths_of`). The file is written beside the
     target first and then moved, so that an interrupted write leaves an older file whole.
 
     Args:
@@ -42,11 +47,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         ValueError: If the model is itself a pair, or `metadata` uses a name that the format needs.
         TypeError: If `metadata` holds values that JSON cannot.
     """
-    reserved = sorted({"format_version", "layers"} & (metadata or {}).keys())
+    reserved = sorted({"format_version", "layers", "widths"} & (metadata or {}).keys())
     if reserved:
         raise ValueError(f"`metadata` must not have the key {reserved[0]!r}, which the format uses itself.")
     if isinstance(model, BasisPair):
         raise ValueError("`model` is a single pair: wrap it, for example in `torch.nn.Sequential(pair)`.")
+    widths = widths_of(model)
+    if scales_as_values(model):
+        model = fold(model)  # which is a copy, so its marks are gone
     folded: dict[nn.Module, nn.Module] = {pair: fold_pair(pair) for pair in named_pairs(model).values()}
     plan = _plan_of(model, folded)
     tensors = expected_state(model, folded)
@@ -54,7 +62,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     broken = [key for key, value in unique.items() if value.is_floating_point() and value.isnan().any()]
     if broken:
         warnings.warn(f"{broken[0]!r} holds NaN: `bsdp.load` will refuse {os.fspath(path)}.", stacklevel=2)
-    header = {"format_version": FORMAT_VERSION, "layers": plan, **(metadata or {})}
+    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": plan, **(metadata or {})}
+    if widths:
+        header["widths"] = widths
     return write_tensors(path, unique, metadata={"bsdp": json.dumps(header), "format": "pt"})
 
 
@@ -149,15 +159,27 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         header = _header(file, path)
         if not isinstance(model, nn.Module):
             model = model()
-        plan = _checked_plan(model, header.get("layers"), path)
-        expected = expected_state(model, _meta_layers(model, plan))
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        check_names_and_shapes(expected, shapes, path=path)
-        tensors = tensors_of(file, path)
-    check_values(expected, tensors, path=path)
+        with _told(path), reshaped(model, {key: header[key] for key in ("widths",) if key in header}):
+            plan = _checked_plan(model, header.get("layers"), path)
+            expected = expected_state(model, _meta_layers(model, plan))
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            check_names_and_shapes(expected, shapes, path=path)
+            tensors = tensors_of(file, path)
+            check_values(expected, tensors, path=path)
     unfold_into(model, plan)
     load_tensors(model, tensors)
     return model.eval()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Let errors name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _checked_plan(model: nn.Module, plan: object, path: Path) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LINE, _CHOSEN, _REFERENCE, _TARGET = "#1f5fa8", "#d1495b", "#444444", "#8d6a9f"
 _MAX_LABELS = 56
 _MAX_NUMBERED = (26, 16)  # layers and rounds up to which each cell shows its rank
-_NAMES = {"params": "parameters", "macs": "MACs", "bases": "bases"}
+_NAMES = {"params": "parameters", "macs": "MACs", "bases": "bases", "channels": "channels"}
 
 
 def plot_pruning_curves(record: PruningRecord, path: str | os.PathLike[str]) -> Path:
@@ -74,7 +74,7 @@ def pruning_figure(record: PruningRecord) -> Figure:
     """
     if not record.rounds:
         raise ValueError("`record` has no rounds: there is nothing to draw.")
-    rows = len(record.cost.layers)
+    rows = len(_widest(record)[1])
     height = min(max(7.0, 2.6 + 0.17 * min(rows, _MAX_LABELS)), 12.0)
     figure = new_figure(14.0, height)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25))
@@ -165,8 +165,8 @@ def kept_axis(axes: Axes, values: list[float], *, kind: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     low = min(min(values), 99.0)
+    axes.set_xlim(low * 0.85, 112.0)  # first, for a logarithmic axis warns of points that are all at one place
     axes.set_xscale("log")
-    axes.set_xlim(low * 0.85, 112.0)
     steps = (1, 2, 5) if low < 4 else (1, 2, 3, 5, 7) if low < 25 else tuple(range(1, 10))
     decades = range(math.floor(math.log10(low * 0.85)), 3)
     ticks = [s * 10.0**d for d in decades for s in steps if low * 0.85 <= s * 10.0**d <= 100.0]
@@ -177,32 +177,40 @@ def kept_axis(axes: Axes, values: list[float], *, kind: str) -> None:
 
 
 def _draw_ranks(figure: Figure, axes: Axes, record: PruningRecord) -> None:
-    names, rounds = short_names(record), record.rounds
-    axes.set_title("rank / full rank per layer", fontsize=11)
+    rounds = record.rounds
+    unit, full, numbers = _widest(record)
+    axes.set_title(f"{unit} / original per layer" if unit == "channels" else "rank / full rank per layer", fontsize=11)
     axes.set_xlabel("round (0 = unpruned; the framed round was chosen)")
-    if not names:
+    if not full:
         axes.text(0.5, 0.5, "no decomposed layers", transform=axes.transAxes, ha="center", va="center")
         return
-    full = [record.cost.layers[name].full_rank for name in names]
-    shares = [[r.ranks[name] / f for r in rounds] for name, f in zip(names, full, strict=True)]
+    shares = [[row[name] / most for row in numbers] for name, most in full.items()]
     image = axes.imshow(shares, aspect="auto", cmap="YlGnBu", vmin=0.0, vmax=1.0, interpolation="nearest")
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, label="share of the full rank")
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, label="share kept")
     columns = range(0, len(rounds), math.ceil(len(rounds) / 20))
     axes.set_xticks(list(columns), [str(rounds[i].round) for i in columns])
-    shown = list(names.values())
+    short = short_names(record)
+    shown = [short.get(name, name) for name in full]
     stride = math.ceil(len(shown) / _MAX_LABELS)
     size = 9 if len(shown) <= 24 else 7 if len(shown) <= 40 else 6
     axes.set_yticks(range(0, len(shown), stride), [_shortened(name) for name in shown[::stride]], fontsize=size)
     if len(shown) <= _MAX_NUMBERED[0] and len(rounds) <= _MAX_NUMBERED[1]:
-        _number_cells(axes, record, shares)
+        _number_cells(axes, [[row[name] for row in numbers] for name in full], shares)
     _frame(axes, rounds.index(_chosen(record)), len(shown))
 
 
-def _number_cells(axes: Axes, record: PruningRecord, shares: list[list[float]]) -> None:
-    for row, name in enumerate(record.cost.layers):
-        for column, entry in enumerate(record.rounds):
+def _widest(record: PruningRecord) -> tuple[str, dict[str, int], list[dict[str, int]]]:
+    """What the heat map shows: ranks, or channels where no layer is decomposed; the most per layer, and all rounds."""
+    if record.cost.layers or not record.rounds[0].channels:
+        return "rank", {n: c.full_rank for n, c in record.cost.layers.items()}, [r.ranks for r in record.rounds]
+    return "channels", record.rounds[0].channels, [r.channels for r in record.rounds]
+
+
+def _number_cells(axes: Axes, numbers: list[list[int]], shares: list[list[float]]) -> None:
+    for row, values in enumerate(numbers):
+        for column, value in enumerate(values):
             color = "white" if shares[row][column] > 0.55 else "#222222"
-            axes.text(column, row, str(entry.ranks[name]), ha="center", va="center", fontsize=7.5, color=color)
+            axes.text(column, row, str(value), ha="center", va="center", fontsize=7.5, color=color)
 
 
 def _frame(axes: Axes, column: int, rows: int) -> None:

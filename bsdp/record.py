@@ -59,7 +59,7 @@ class PruningRecord:
         reference: Best monitored value of the unpruned model in the warm-up.
         chosen: Index in `rounds` of the structure the run ended with; None while it runs.
         reference_state: State dict of the whole module at the reference; a callback state, not part of a report.
-        reference_widths: Widths of the module at the reference (see `widths_of`); empty unless it had lost channels.
+        reference_shape: Widths and scales of the module at the reference, see `bsdp.structure.shape_of`.
     """
 
     monitor: str = "val_accuracy"
@@ -74,7 +74,7 @@ class PruningRecord:
     reference: float | None = None
     chosen: int | None = None
     reference_state: dict[str, Any] | None = None
-    reference_widths: dict[str, Any] = field(default_factory=dict)
+    reference_shape: dict[str, Any] = field(default_factory=dict)
 
     def update_last(self, **changes: Any) -> None:
         """Change fields of the newest round."""

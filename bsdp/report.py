@@ -152,11 +152,16 @@ def _sizes(record: PruningRecord, chosen: RoundRecord, measured: Measurements) -
         "bases_original": record.cost.original("bases"),
         "bases_pruned": chosen.bases,
         "bases_kept": record.kept(chosen, "bases"),
+        "channels_original": record.original("channels") or None,
+        "channels_pruned": sum(chosen.channels.values()) or None,
+        "channels_kept": record.kept(chosen, "channels"),
     }
 
 
 def _layers(record: PruningRecord, chosen: RoundRecord) -> list[dict[str, Any]]:
-    rows = []
+    if chosen.layers:  # channels went, so that the cost of the original does not tell
+        return [dict(row) for row in chosen.layers]
+    rows: list[dict[str, Any]] = []
     for name, short in short_names(record).items():
         layer, rank = record.cost.layers[name], chosen.ranks[name]
         params, params_original = layer.deployed(rank, new_bias=record.cost.new_bias), layer.original()
@@ -182,7 +187,7 @@ def _layers(record: PruningRecord, chosen: RoundRecord) -> list[dict[str, Any]]:
 
 
 def _round(record: PruningRecord, entry: RoundRecord) -> dict[str, Any]:
-    values = {key: value for key, value in vars(entry).items() if key != "ranks"}
+    values = {key: value for key, value in vars(entry).items() if key not in ("ranks", "layers", "channels")}
     return {**values, "params_kept": record.kept(entry, "params"), "macs_kept": record.kept(entry, "macs")}
 
 

@@ -81,7 +81,9 @@ def grouped_layers(layers: Sequence[Mapping[str, Any]], limit: int = _MAX_LAYER_
 
 def _row(name: str, members: list[Mapping[str, Any]]) -> dict[str, Any]:
     forms = Counter(str(layer["kind"]) for layer in members)
-    sums = {key: sum(layer[key] for layer in members) for key in ("rank", "full_rank", "params", "params_original")}
+    keys = ["rank", "full_rank", "params", "params_original"]
+    keys += [key for key in ("channels", "channels_original") if key in members[0]]
+    sums = {key: sum(layer[key] for layer in members) for key in keys}
     return {"name": name, "count": len(members), "forms": dict(sorted(forms.items())), **sums}
 
 
@@ -175,7 +177,10 @@ def _which(summary: Mapping[str, Any]) -> str:
 
 def _validation(summary: Mapping[str, Any]) -> list[str]:
     name, original, pruned = summary["monitor"], summary["validation_reference"], summary["validation_pruned"]
-    kept, words = summary[f"{summary['target_kind']}_kept"], {"params": "parameters", "macs": "MACs", "bases": "bases"}
+    kept, words = (
+        summary[f"{summary['target_kind']}_kept"],
+        {"params": "parameters", "macs": "MACs", "bases": "bases", "channels": "channels"},
+    )
     goal = f"target: {100 * summary['target']:.3g} % of the {words[summary['target_kind']]} gone"
     lines = [f"{goal}." if kept is None else f"{goal}; reached: {100 * (1 - kept):.1f} %."]
     if original is not None and pruned is not None:
@@ -200,6 +205,9 @@ def _spread(summary: Mapping[str, Any], *, ascii_only: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("form", no_wrap=True)
+    channels = any("channels" in layer for layer in layers)
+    if channels:
+        table.add_column("channels", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("rank left", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
@@ -210,12 +218,14 @@ def _spread(summary: Mapping[str, Any], *, ascii_only: bool) -> Table:
         table.add_row(
             Text(row["name"]),
             ", ".join(form if row["count"] == 1 else f"{n} {form}" for form, n in row["forms"].items()),
+            *([f"{row['channels']} / {row['channels_original']}"] if channels else []),
             f"{row['rank']} / {row['full_rank']}",
             filled * bar + empty * (_BAR_WIDTH - bar),
             f"{row['params']:,}",
             f"{100 * row['params'] / row['params_original']:.1f} %",
         )
-    inside = sum(layer["params_original"] for layer in layers)
-    outside = f"{summary['params_original'] - inside:,}"
-    table.add_row("the rest, head too", "plain", "", "", outside, "100.0 %")
+    inside, left = (sum(layer[key] for layer in layers) for key in ("params_original", "params"))
+    outside, rest = summary["params_original"] - inside, summary["params_pruned"] - left
+    share = f"{100 * rest / outside:.1f} %" if outside else "-"
+    table.add_row("the rest, head too", "plain", *([""] if channels else []), "", "", f"{rest:,}", share)
     return table

@@ -22,8 +22,8 @@ from bsdp.layers import named_pairs
 from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.schedules import SCHEDULES, kept_share
+from bsdp.structure import set_shape, shape_of
 from bsdp.surgery import load_tensors
-from bsdp.widths import set_widths, widths_of
 
 
 @dataclass(frozen=True)
@@ -297,11 +297,11 @@ class RoundPruner:
         if last.round == 0:
             self.record.reference = value
             self.record.reference_state = self._state()
-            self.record.reference_widths = widths_of(self.model)
+            self.record.reference_shape = shape_of(self.model)
         elif self.tolerated(value):
             # Rounds only ever get smaller, so the newest tolerated structure is the smallest.
-            state, widths = self._state(), widths_of(self.model)
-            self.candidate = {"round": last.round, "value": value, "state": state, "widths": widths}
+            state, shape = self._state(), shape_of(self.model)
+            self.candidate = {"round": last.round, "value": value, "state": state, "shape": shape}
 
     def tolerated(self, value: float) -> bool:
         """Whether a monitored value is within the tolerance of the reference."""
@@ -331,19 +331,19 @@ class RoundPruner:
         Returns:
             The round the model now has.
         """
-        state, widths, index = None, {}, len(self.record.rounds) - 1
+        state, shape, index = None, {}, len(self.record.rounds) - 1
         newest = self.candidate is not None and self.candidate["round"] == self.record.rounds[-1].round
         broken = not self._is_sound()
         if self.candidate is not None and (newest or broken or self.settings.tolerance is not None):
             state, index = self.candidate["state"], self.candidate["round"]
-            widths = self.candidate.get("widths", {})
+            shape = self.candidate["shape"]
         elif (broken or self.settings.tolerance is not None) and self.record.reference_state is not None:
-            state, index, widths = self.record.reference_state, 0, self.record.reference_widths
+            state, index, shape = self.record.reference_state, 0, self.record.reference_shape
         if broken:
             left = f"the model of round {index} is taken" if state is not None else "no validation saw a sound model"
             warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
         if state is not None:
-            set_widths(self.model, widths)
+            set_shape(self.model, shape)
             load_tensors(self.model, state)
             for optimizer in optimizers:
                 drop_stale_optimizer_state(optimizer)

@@ -35,9 +35,25 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BasisPair)
     }
-    widths = widths_of(model)
-    more = {"widths": widths, "scales": scales_as_values(model), "deltas": deltas_of(model)}
-    return {"version": STRUCTURE_VERSION, "pairs": pairs} | {key: value for key, value in more.items() if value}
+    deltas = deltas_of(model)
+    return {"version": STRUCTURE_VERSION, "pairs": pairs, **shape_of(model)} | ({"deltas": deltas} if deltas else {})
+
+
+def shape_of(model: nn.Module) -> dict[str, Any]:
+    """The part of a structure that channel pruning changes: ``"widths"`` and ``"scales"``, as far as there are any."""
+    parts = {"widths": widths_of(model), "scales": scales_as_values(model)}
+    return {key: value for key, value in parts.items() if value}
+
+
+def set_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
+    """Give a model widths and channel scales that `shape_of` told, in place; load weights next.
+
+    Raises:
+        ValueError: If they do not fit the model.
+    """
+    if shape or shape_of(model):
+        set_widths(model, shape.get("widths", {}))
+        set_scales(model, shape.get("scales", {}))
 
 
 def rebuild(
@@ -66,7 +82,7 @@ def rebuild(
     pairs = _checked_pairs(structure)
     with (
         deltas_like(model, structure.get("deltas")),
-        _reshaped(model, structure.get("widths", {}), structure.get("scales", {})),
+        reshaped(model, {key: structure[key] for key in ("widths", "scales") if structure.get(key)}),
     ):
         ranks = _checked_ranks(model, pairs)
         if state_dict is not None:
@@ -88,21 +104,17 @@ def rebuild(
 
 
 @contextmanager
-def _reshaped(model: nn.Module, widths: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[None]:
-    """Give a model other widths and channel scales; its own are back if anything in the ``with`` block fails."""
-    before, had = widths_of(model), scales_as_values(model)
-    if not (widths or before or scales or had):
-        yield
-        return
-    values = dict(model.state_dict())
+def reshaped(model: nn.Module, shape: Mapping[str, Any]) -> Iterator[None]:
+    """`set_shape` for good, but undone, with all values, if something in the ``with`` block does not fit."""
+    before = shape_of(model)
+    values = dict(model.state_dict()) if before or shape else {}
     try:
-        set_widths(model, widths)
-        set_scales(model, scales)
+        set_shape(model, shape)
         yield
     except ValueError:
-        set_scales(model, had)
-        set_widths(model, before)
-        load_tensors(model, values)
+        if values:
+            set_shape(model, before)
+            load_tensors(model, values)
         raise
 
 

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from bsdp.structure import set_shape, shape_of
+
 
 def cannot_test(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why the module cannot be tested; None if it can."""
@@ -66,13 +68,22 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def weights(pl_module: LightningModule, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the module other weights (of any ranks) for a while; its own are back afterwards, whatever happens."""
+def weights(pl_module: LightningModule, state: Mapping[str, Tensor], shape: Mapping[str, Any]) -> Iterator[None]:
+    """Give the module other weights (of any ranks and widths) for a while; its own are back afterwards in any case.
+
+    Args:
+        pl_module: The module.
+        state: The other weights.
+        shape: Widths and scales that go with them, see `bsdp.structure.shape_of`.
+    """
     own = {key: value.detach().clone() for key, value in pl_module.state_dict().items()}
+    own_shape = shape_of(pl_module)
     try:
+        set_shape(pl_module, shape)
         pl_module.load_state_dict(state)
         yield
     finally:
+        set_shape(pl_module, own_shape)
         pl_module.load_state_dict(own)
 
 

@@ -106,7 +106,7 @@ class PruningReport(Callback):
 
         def measure_reference(state: dict[str, Any]) -> None:
             nonlocal original
-            with weights(pl_module, state):
+            with weights(pl_module, state, record.reference_shape):
                 if reason is None:
                     _try("the unpruned model was not tested", notes, lambda: test("accuracy_reference"))
                 if trainer.is_global_zero:

@@ -1,0 +1,245 @@
+"""`ChannelPruning`: remove the weakest channels round by round while any LightningModule trains."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from bsdp._checks import check_at_least
+from bsdp.callbacks._evaluation import random_state_kept
+from bsdp.callbacks._measuring import measure_module_cost, only_network
+from bsdp.callbacks._round_pruning import RoundPruning
+from bsdp.channel_graph import channel_groups
+from bsdp.channel_pruner import SCALED, ChannelPruner, ChannelPruningSettings
+from bsdp.channel_scales import add_scales
+from bsdp.cost import ModelCost
+from bsdp.decompose import find_head
+from bsdp.freezing import fixed_batch_norms, freeze
+from bsdp.layers import named_pairs
+from bsdp.probing import first_tensor
+from bsdp.scale_hooks import scales_of
+
+Criterion = Literal[
+    "taylor_2016",
+    "taylor_2019",
+    "l1",
+    "l2",
+    "fpgm",
+    "bn_scale",
+    "activation_cumsum",
+    "channel_scaling",
+    "transtailor",
+    "random",
+]
+
+
+class ChannelPruning(RoundPruning):
+    """Prune the channels of a module while it trains, down to a budget or a tolerance.
+
+    Works on plain modules and on decomposed ones (see `BasisDecomposition`). Which channels have to go together is read
+    from torch-pruning's dependency graph; a network that it cannot follow is refused before training. Everything else
+    is as in `IterativeBasisPruning`: rounds, tolerance, files, resuming.
+
+    The criteria, and what is published of them:
+
+    ===================== ==============================================================================================
+    ``taylor_2019``       Molchanov et al., CVPR 2019: squared Taylor term of a gate on the channel, per minibatch.
+    ``taylor_2016``       Molchanov et al., arXiv 1611.06440: absolute mean of activation x gradient per example, l2
+                          per layer, optional MACs term (`macs_penalty`).
+    ``activation_cumsum`` Zhong et al., arXiv 1810.01104 (reconstructed: the formulas are not public): mean activation;
+                          with ``ranking: priority`` the layer with the most redundant cumulative sum is cut first.
+    ``channel_scaling``   Wong et al., arXiv 2103.12228 (reconstructed in part): a factor per channel trains on frozen
+                          weights with an L1 penalty (`l1`); those below `threshold` go.
+    ``transtailor``       arXiv 2103.01542: the same factors without penalty, ranked by ``abs(alpha * dL/dalpha)``.
+    ``bn_scale``          Network slimming, arXiv 1708.06519: batch-norm weights with an L1 penalty (`l1`).
+    ``l1``, ``l2``        Norm of the filters (arXiv 1608.08710), data-free.
+    ``fpgm``              Distance of the filters to all others (arXiv 1811.00250), data-free.
+    ``random``            The control.
+    ===================== ==============================================================================================
+
+    Args:
+        target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
+        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``channels``.
+        criterion: How channels are scored, see above.
+        ranking: ``global`` removes the least important first, ``per_cost`` the least important per unit of cost,
+            ``local`` the same share of every group of channels, ``isomorphic`` the same share of every class of groups
+            with the same layers, ``priority`` the most redundant group first (for ``activation_cumsum``). Default:
+            ``priority`` for that criterion, else ``global``.
+        rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
+        schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
+        warmup_epochs: Epochs before the first cut; they give the reference value.
+        epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
+        normalize: Scores per group: ``none``, ``l2`` (unit norm), ``mean`` (mean 1), or ``auto``, the criterion's own.
+        tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
+            null: prune to the budget whatever happens.
+        monitor: Name of the logged validation metric.
+        mode: ``max`` if a higher value is better, else ``min``.
+        patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        round_to: Leave multiples of so many channels in every group that is cut, for hardware that likes them.
+        min_channels: Channels that every group keeps at least.
+        max_group_ratio: Largest share of a group that one round may remove.
+        threshold: Only remove channels whose importance is below it, whatever the budget says. Default: no limit.
+        theta: Share of the cumulative sum that ``ranking: priority`` keeps, in (0, 1).
+        macs_penalty: What a channel's importance loses per share of the MACs it costs; 0.001 in the paper of 2016.
+        l1: L1 penalty on batch-norm weights (``bn_scale``) or channel factors (``channel_scaling``).
+        freeze: Freeze all weights but the head, so that the factors alone train. Default: for ``channel_scaling`` and
+            ``transtailor`` on a plain module; a decomposed module stays as `BasisDecomposition` froze it.
+        exclude: Names of layers whose channels must stay, relative to the network.
+        seed: Of ``criterion: random``.
+        restore_best: End with the smallest model that met the tolerance; false: with the last one.
+        save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+
+    Attributes:
+        checkpoint_path: The Lightning checkpoint of the final module, once it is written.
+        weights_path: The folded network, once it is written.
+    """
+
+    needs_example = True
+
+    def __init__(
+        self,
+        *,
+        target: float = 0.5,
+        target_kind: Literal["params", "macs", "channels"] = "params",
+        criterion: Criterion = "taylor_2019",
+        ranking: Literal["global", "per_cost", "local", "isomorphic", "priority"] | None = None,
+        rounds: int | None = None,
+        schedule: Literal["geometric", "cubic", "constant"] = "cubic",
+        warmup_epochs: int = 1,
+        epochs_per_round: int = 1,
+        normalize: Literal["auto", "none", "l2", "mean"] = "auto",
+        tolerance: float | None = 0.01,
+        monitor: str = "val_accuracy",
+        mode: Literal["max", "min"] = "max",
+        patience_rounds: int = 1,
+        round_to: int = 1,
+        min_channels: int = 1,
+        max_group_ratio: float = 0.95,
+        threshold: float | None = None,
+        theta: float = 0.98,
+        macs_penalty: float = 0.0,
+        l1: float = 0.0,
+        freeze: bool | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        restore_best: bool = True,
+        save_pruned: bool = True,
+    ) -> None:
+        if rounds is not None:
+            check_at_least("rounds", rounds, 1)
+        if ranking is None:
+            ranking = "priority" if criterion == "activation_cumsum" else "global"
+        settings = ChannelPruningSettings(
+            target=target,
+            target_kind=target_kind,
+            rounds=rounds or 1,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            epochs_per_round=epochs_per_round,
+            tolerance=tolerance,
+            mode=mode,
+            patience_rounds=patience_rounds,
+            criterion=criterion,
+            channel_ranking=ranking,
+            normalize=normalize,
+            min_channels=min_channels,
+            max_group_ratio=max_group_ratio,
+            round_to=round_to,
+            threshold=threshold,
+            theta=theta,
+            macs_penalty=macs_penalty,
+            l1=l1,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+        )
+        super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
+        self.freeze = criterion in SCALED if freeze is None else freeze
+        self._fixed_batch_norms: list[torch.nn.Module] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add channel factors and freeze, before optimizers and DDP exist."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        pl_module.configure_model()
+        network = pl_module.get_submodule(only_network(pl_module)) if only_network(pl_module) else pl_module
+        if self.settings.criterion in SCALED and scales_of(network) is None:
+            shapes = self._input_shapes(trainer, pl_module)
+            groups = channel_groups(network, tuple(torch.zeros(s) for s in shapes), exclude=self.settings.exclude)
+            add_scales(network, groups)
+        if self.freeze and not named_pairs(pl_module):
+            self._freeze(pl_module, network)
+
+    def _freeze(self, pl_module: LightningModule, network: torch.nn.Module) -> None:
+        head = find_head(pl_module)
+        kept = [] if head is None else [head]
+        freeze(pl_module, trainable=kept)
+        scales = scales_of(network)
+        if scales is not None:
+            scales.requires_grad_(True)
+        self._fixed_batch_norms = fixed_batch_norms(pl_module, trainable=kept, batch_norm="frozen")
+        trains = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        factors = 0 if scales is None else scales.weight.numel()
+        rank_zero_info(f"bsdp: {trains:,} parameters train ({factors:,} of them channel factors); the rest is frozen")
+
+    def _input_shapes(self, trainer: Trainer, pl_module: LightningModule) -> list[list[int]]:
+        example: Any = pl_module.example_input_array
+        if example is None:
+            example = _example_of_data(trainer, pl_module)
+        if example is None:
+            raise ValueError(
+                f"`criterion: {self.settings.criterion}` adds factors to the network before training and needs the "
+                "shape of its input: set `example_input_array` in the LightningModule to one example, or use a "
+                "LightningDataModule."
+            )
+        _, shapes = measure_module_cost(pl_module, only_network(pl_module), example, new_bias=False)
+        return shapes
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep frozen batch norms in eval mode, then as in `RoundPruning`."""
+        for module in self._fixed_batch_norms:
+            module.train(False)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def build(
+        self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
+    ) -> ChannelPruner:
+        """Make the pruner."""
+        part = pl_module.get_submodule(network) if network else pl_module
+        like = next(part.parameters())
+        example = tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        return ChannelPruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
+
+    def ceiling(self) -> str | None:
+        """The largest target, in words."""
+        pruner = self._pruner()
+        assert isinstance(pruner, ChannelPruner)
+        groups = pruner.stage.groups
+        return (
+            f"{len(groups)} groups with {sum(group.channels for group in groups.values()):,} channels can be pruned, "
+            f"down to {1 - pruner.largest_share():.1%} of the {self.settings.target_kind}"
+        )
+
+    def check_optimizers(self, trainer: Trainer) -> None:
+        """Refuse batch-norm weights that do not train where they are the score."""
+        pruner = self._pruner()
+        assert isinstance(pruner, ChannelPruner)
+        if self.settings.criterion == "bn_scale" and not any(w.requires_grad for w in pruner.stage.penalised()):
+            raise ValueError(
+                "`criterion: bn_scale` ranks channels by batch-norm weights, but all of them are frozen: let them "
+                "train (`batch_norm: affine` or `all` in `BasisDecomposition`), or choose another criterion."
+            )
+
+
+def _example_of_data(trainer: Trainer, pl_module: LightningModule) -> torch.Tensor | None:
+    """The first image of the training data; nothing has been loaded yet."""
+    source = getattr(trainer, "datamodule", None) or pl_module
+    with random_state_kept():
+        try:
+            batch = first_tensor(next(iter(source.train_dataloader())))
+        except Exception:  # Lightning's own default of a module without data raises, too
+            return None
+    return None if batch is None else batch[:1]
