@@ -220,7 +220,8 @@ class DiffPruning(Callback):
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self.on_train_epoch_start(trainer, pl_module)
         for module in self._fixed_batch_norms:
-            module.eval()
+            if module.training:
+                module.eval()
         for delta in self._deltas.values():
             delta.train()
             delta.draw(self._generator)
@@ -266,6 +267,8 @@ class DiffPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files of the task; the module keeps its deltas."""
+        for module in self._fixed_batch_norms:
+            module.train()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._alphas():
