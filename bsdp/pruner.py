@@ -85,7 +85,7 @@ class BasisStage:
         kind: What budgets count.
     """
 
-    def __init__(self, network: nn.Module, settings: PruningSettings, *, kind: str) -> None:
+    def __init__(self, network: nn.Module, settings: Any, *, kind: str) -> None:
         self.network, self.settings, self.kind = network, settings, kind
         self.pairs = named_pairs(network)
         self.scores = ScoreAccumulator(self.pairs, importance=settings.importance)

@@ -3,6 +3,7 @@
 from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.callbacks.channel_pruning import ChannelPruning
 from bsdp.callbacks.diff_pruning import DiffPruning
+from bsdp.callbacks.double_pruning import DoublePruning
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
 from bsdp.callbacks.pruning_report import PruningReport
 from bsdp.callbacks.source_pretraining import SourcePretraining
@@ -12,6 +13,7 @@ __all__ = [
     "BasisDecomposition",
     "ChannelPruning",
     "DiffPruning",
+    "DoublePruning",
     "IterativeBasisPruning",
     "PruningReport",
     "SourcePretraining",

@@ -37,7 +37,8 @@ def file_sizes(original: nn.Module, network: nn.Module, written: Path | None) ->
     """
     with tempfile.TemporaryDirectory() as folder:
         pruned = bsdp.save(network, Path(folder) / "pruned.safetensors") if written is None else written
-        header = {k: v for k, v in bsdp.read_metadata(pruned).items() if k not in ("layers", "format_version", "widths")}
+        own = ("layers", "format_version", "widths")
+        header = {key: value for key, value in bsdp.read_metadata(pruned).items() if key not in own}
         whole = bsdp.save(original, Path(folder) / "original.safetensors", metadata=header)
         return {"file_bytes_original": whole.stat().st_size, "file_bytes_pruned": pruned.stat().st_size}
 

@@ -1,0 +1,260 @@
+"""Double pruning: channels on top of bases, the split found on validation data while the model trains.
+
+The paper (Wong et al., arXiv 2108.02893) combines basis pruning with an existing channel pruner; how much each of them
+should remove is not published. Here (our choice) every round may be a cut of either kind down to the round's budget,
+and with ``split="auto"`` both are tried on the spot: the kind whose cut changes the network's outputs on validation
+images less is the one that is made. No labels are read for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from bsdp._checks import check_choice
+from bsdp.channel_pruner import SCALED, ChannelPruningSettings, ChannelStage, describe_channels, smallest_cost
+from bsdp.cost import ModelCost
+from bsdp.importance import IMPORTANCES, NoScoresError
+from bsdp.layers import named_pairs
+from bsdp.probing import as_inputs
+from bsdp.pruner import BasisStage
+from bsdp.record import RoundRecord
+from bsdp.rounds import RoundPruner, Stage
+from bsdp.selection import RANKINGS
+from bsdp.stats import measure_cost
+from bsdp.structure import set_shape, shape_of
+from bsdp.surgery import load_tensors
+from bsdp.widths import widths_of
+
+ORDERS = ("basis_then_channel", "channel_then_basis", "alternate")
+Probe = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class DoublePruningSettings(ChannelPruningSettings):
+    """Settings of double pruning; checked when made. Those not listed are as in the settings of the two kinds.
+
+    Attributes:
+        target_kind: What `target` counts: ``"params"`` or ``"macs"``.
+        order: ``"basis_then_channel"``, ``"channel_then_basis"`` or ``"alternate"``.
+        split: Share of the removal that bases take, in [0, 1], or ``"auto"``: found on validation data.
+        importance: Score of bases, see `ScoreAccumulator`.
+        ranking: How bases of different layers compare, see `select`.
+        mean_to_bias: Move the mean output of removed bases into the bias.
+        min_rank: Rank per group that every layer keeps at least.
+        max_layer_ratio: Largest share of a layer's rank that one cut may remove.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("params", "macs")
+    unscored: ClassVar[str] = "scores that need no training ('magnitude' and 'l1', 'l2', 'fpgm' or 'random')"
+
+    order: Literal["basis_then_channel", "channel_then_basis", "alternate"] = "basis_then_channel"
+    split: float | Literal["auto"] = "auto"
+    importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square"
+    ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    mean_to_bias: bool = True
+    min_rank: int = 1
+    max_layer_ratio: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, ORDERS)
+        check_choice("importance", self.importance, IMPORTANCES)
+        check_choice("ranking", self.ranking, RANKINGS)
+        if self.criterion in SCALED:
+            raise ValueError(
+                f"`criterion={self.criterion!r}` trains factors of its own, which a decomposed model has already: "
+                "choose 'taylor_2019' or another criterion for double pruning."
+            )
+        if self.split != "auto" and (isinstance(self.split, str) or not 0.0 <= float(self.split) <= 1.0):
+            raise ValueError(f"`split` must be 'auto' or a share in [0, 1], got {self.split!r}.")
+        super().__post_init__()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a cut needs scores of an epoch of training."""
+        return super().needs_scores or self.importance != "magnitude"
+
+
+@torch.no_grad()
+def output_change(before: Tensor, after: Tensor) -> float:
+    """How much a cut changed the outputs of a network.
+
+    Args:
+        before: Outputs before the cut. Two axes are taken for class scores, ``[examples, classes]``.
+        after: Outputs for the same inputs after it.
+
+    Returns:
+        Mean Kullback-Leibler divergence of the class probabilities; for other shapes the squared difference relative to
+        the squared outputs.
+    """
+    if before.dim() == 2 and before.shape[1] > 1:
+        old, new = (F.log_softmax(x.double(), dim=1) for x in (before, after))
+        return float(F.kl_div(new, old, log_target=True, reduction="batchmean"))
+    difference = (before - after).double().square().sum()
+    return float(difference / before.double().square().sum().clamp_min(1e-30))
+
+
+class DoublePruner(RoundPruner):
+    """Prunes bases and channels of a decomposed model round by round, to one budget and within one tolerance.
+
+    See `RoundPruner` for the calls that a training loop makes; keep `collecting` open on some batches.
+
+    Args:
+        model: The model whose state is kept and restored.
+        settings: What to do.
+        example: Example inputs of the network, batch size 1.
+        cost: Cost of the network; None to measure it.
+        probe: Gives the model's outputs on validation images, always the same; needed by ``split="auto"``.
+        average: Averages a number over the processes of a distributed run, so that all take the same decision.
+        network: Dotted name of the decomposed network inside `model`; "" for the model itself.
+        monitor: Name of the observed value, for reports.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: DoublePruningSettings,
+        example: Tensor | tuple[Tensor, ...],
+        *,
+        cost: ModelCost | None = None,
+        probe: Probe | None = None,
+        average: Callable[[float], float] = float,
+        network: str = "",
+        monitor: str = "accuracy",
+    ) -> None:
+        part = model.get_submodule(network) if network else model
+        if not named_pairs(part):
+            raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
+        cost = measure_cost(part, as_inputs(example), new_bias=settings.mean_to_bias) if cost is None else cost
+        kind = settings.target_kind
+        self.basis = BasisStage(part, settings, kind=kind)
+        self.channel = ChannelStage(part, example, settings, kind=kind, new_bias=settings.mean_to_bias)
+        stages: dict[str, Stage] = {"basis": self.basis, "channel": self.channel}
+        super().__init__(model, settings, cost, stages, network=network, monitor=monitor)
+        self.probe, self.average = probe, average
+        self.changes: dict[str, float] = {}  # what the last trial of each kind did to the outputs
+        self.stage = "basis" if settings.order == "basis_then_channel" else "channel"
+        self._cut_by = ""
+        if not widths_of(part):  # else the original's cost is not known before the state is loaded
+            self.check_target()
+        self.record.rounds.append(self._round_record(0, 0))
+
+    def check_target(self) -> None:
+        """Refuse a target beyond what is gone at the least ranks and channels everywhere."""
+        most = self.largest_share()
+        if self.settings.target > most:
+            raise ValueError(
+                f"`target={self.settings.target}` is out of reach: with the least ranks and channels everywhere, "
+                f"{most:.1%} of the {self.settings.target_kind} would be gone. Choose a target below {most:.3f}."
+            )
+
+    def largest_share(self) -> float:
+        """An upper bound of what can be removed: the better of the two kinds alone, on top of the other's floor."""
+        kind, settings = self.settings.target_kind, self.settings
+        original = self.cost.original(kind)
+        basis = self.cost.smallest(kind, min_rank=settings.min_rank) / original
+        channel = smallest_cost(self.channel, self.cost) / original
+        return 1.0 - min(basis, channel, basis * channel)
+
+    def measured_cost(self) -> ModelCost:
+        """Cost of the network as it is now."""
+        return measure_cost(self.network, self.channel.example, new_bias=self.settings.mean_to_bias)
+
+    def describe(self, record: RoundRecord) -> RoundRecord:
+        """Add channels, layers and what was cut."""
+        return replace(describe_channels(record, self.channel), stage=self._cut_by)
+
+    def remove(self, budget: float, optimizers: Iterable[Optimizer]) -> bool:
+        """Cut bases or channels down to a budget, whichever the order and the split say.
+
+        Where one kind cannot reach the budget, the other one goes on.
+        """
+        optimizers = list(optimizers)
+        first = self._choose(budget)
+        second = "channel" if first == "basis" else "basis"
+        self._cut_by = first
+        reached = self.stages[first].apply(self.stages[first].plan(budget, self.cost), optimizers)
+        if reached:
+            return True
+        if first == "channel":  # the pairs have other ranks and bases now, so their scores are gone
+            return False
+        self._cut_by = "basis and channel"
+        return self.stages[second].apply(self.stages[second].plan(budget, self.measured_cost()), optimizers)
+
+    def _choose(self, budget: float) -> str:
+        settings = self.settings
+        if settings.split != "auto":
+            return self._by_share(float(settings.split), budget)
+        if settings.order != "alternate" and self.stage == _last(settings.order):
+            return self.stage
+        self.changes = self.try_both(budget)
+        better = min(self.changes, key=lambda name: self.changes[name])
+        if settings.order == "alternate" or better != self.stage:
+            self.stage = better
+        return self.stage
+
+    def _by_share(self, share: float, budget: float) -> str:
+        """Follow a given share: one kind first, or both in turn so that each keeps its share."""
+        settings = self.settings
+        original = self.record.original(settings.target_kind)
+        removed = 1.0 - budget / original
+        if settings.order == "basis_then_channel":
+            return "basis" if removed <= share * settings.target + 1e-9 else "channel"
+        if settings.order == "channel_then_basis":
+            return "channel" if removed <= (1.0 - share) * settings.target + 1e-9 else "basis"
+        done = {"basis": 0.0, "channel": 0.0}
+        before = 1.0
+        for entry in self.record.rounds[1:]:
+            kept = self.record.kept(entry, settings.target_kind) or before
+            done["channel" if entry.stage == "channel" else "basis"] += before - kept
+            before = kept
+        # The kind that is further behind its share goes next.
+        return "basis" if done["basis"] - share * removed <= done["channel"] - (1.0 - share) * removed else "channel"
+
+    def try_both(self, budget: float) -> dict[str, float]:
+        """Cut in both ways for a moment, and see what each does to the outputs on validation images.
+
+        Returns:
+            `output_change` by kind; infinity for a kind that cannot reach the budget.
+
+        Raises:
+            ValueError: If there is no probe.
+        """
+        if self.probe is None:
+            raise ValueError("`split='auto'` needs `probe`, a function that gives outputs on validation images.")
+        before, changes = self.probe(), {}
+        state = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+        shape = shape_of(self.network)
+        gradients = {name: p.grad for name, p in self.network.named_parameters()}
+        for name, stage in self.stages.items():
+            try:
+                plan = stage.plan(budget, self.cost)
+            except NoScoresError:
+                changes[name] = float("inf")
+                continue
+            reached = stage.apply(plan, [])
+            changes[name] = self.average(output_change(before, self.probe())) if reached else float("inf")
+            set_shape(self.network, shape)
+            load_tensors(self.network, state)
+            for key, parameter in self.network.named_parameters():
+                parameter.grad = gradients[key]
+        return changes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {**super().state_dict(), "stage": self.stage, "changes": self.changes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        super().load_state_dict(state)
+        self.stage, self.changes = str(state["stage"]), dict(state["changes"])
+
+
+def _last(order: str) -> str:
+    return "channel" if order == "basis_then_channel" else "basis"

@@ -1,0 +1,209 @@
+"""`DoublePruning`: prune bases and channels of one decomposed module, the split found during the run."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from bsdp._checks import check_at_least
+from bsdp.callbacks._measuring import as_parameters, own_iterator
+from bsdp.callbacks._processes import mean_over_processes
+from bsdp.callbacks._round_pruning import RoundPruning
+from bsdp.callbacks._trainer_checks import check_scales, refuse_thawed
+from bsdp.cost import ModelCost
+from bsdp.double_pruner import DoublePruner, DoublePruningSettings
+from bsdp.layers import named_pairs
+from bsdp.probing import evaluating, first_tensor
+
+
+class DoublePruning(RoundPruning):
+    """Prune bases and channels of a decomposed module while it trains, to one budget and within one tolerance.
+
+    Goes with `BasisDecomposition`, as `IterativeBasisPruning` does, and works like it but that every round cuts bases
+    or channels. With ``split: auto`` both cuts are tried on the spot, and the one that changes the outputs on some
+    validation images less is made. After a cut of channels the pairs are multiplied out and decomposed again.
+
+    Logged at every epoch is what `IterativeBasisPruning` logs, and ``bsdp/channels``, ``bsdp/channels_kept`` and
+    ``bsdp/channels/<layer>``.
+
+    Args:
+        target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
+        target_kind: What `target` counts: ``params`` or ``macs`` (multiply-adds).
+        order: ``basis_then_channel`` (bases until a cut of channels does less harm, from then on channels),
+            ``channel_then_basis`` (the other way round), or ``alternate`` (whichever does less harm, in every round).
+        split: Share of the removal that bases take, in [0, 1]; ``auto`` finds it on validation images.
+        probe_batches: Validation batches on which ``split: auto`` compares outputs.
+        criterion: How channels are scored, see `ChannelPruning` (not the two that train factors of their own).
+        channel_ranking: How scores of different groups of channels compare, see `ChannelPruning`.
+        importance: How bases are scored, see `IterativeBasisPruning`.
+        ranking: How scores of bases of different layers compare, see there.
+        rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
+        schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
+        warmup_epochs: Epochs before the first cut; they give the reference value.
+        epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
+        tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
+            null: prune to the budget whatever happens.
+        monitor: Name of the logged validation metric.
+        mode: ``max`` if a higher value is better, else ``min``.
+        patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        mean_to_bias: Move the mean output of removed bases into biases.
+        min_rank: Rank that every layer keeps at least.
+        max_layer_ratio: Largest share of a layer's rank that one round may remove.
+        min_channels: Channels that every group keeps at least.
+        max_group_ratio: Largest share of a group of channels that one round may remove.
+        round_to: Leave multiples of so many channels in every group that is cut.
+        exclude: Names of layers whose channels must stay, relative to the network.
+        restore_best: End with the smallest model that met the tolerance; false: with the last one.
+        save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+
+    Attributes:
+        checkpoint_path: The Lightning checkpoint of the final module, once it is written.
+        weights_path: The folded network, once it is written.
+    """
+
+    needs_example = True
+
+    def __init__(
+        self,
+        *,
+        target: float = 0.7,
+        target_kind: Literal["params", "macs"] = "params",
+        order: Literal["basis_then_channel", "channel_then_basis", "alternate"] = "alternate",
+        split: float | Literal["auto"] = "auto",
+        probe_batches: int = 4,
+        criterion: Literal[
+            "taylor_2016", "taylor_2019", "l1", "l2", "fpgm", "bn_scale", "activation_cumsum", "random"
+        ] = "taylor_2019",
+        channel_ranking: Literal["global", "per_cost", "local", "isomorphic", "priority"] = "per_cost",
+        importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square",
+        ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
+        rounds: int | None = None,
+        schedule: Literal["geometric", "cubic", "constant"] = "cubic",
+        warmup_epochs: int = 1,
+        epochs_per_round: int = 1,
+        tolerance: float | None = 0.01,
+        monitor: str = "val_accuracy",
+        mode: Literal["max", "min"] = "max",
+        patience_rounds: int = 1,
+        mean_to_bias: bool = True,
+        min_rank: int = 1,
+        max_layer_ratio: float = 0.95,
+        min_channels: int = 1,
+        max_group_ratio: float = 0.5,
+        round_to: int = 1,
+        exclude: list[str] | None = None,
+        restore_best: bool = True,
+        save_pruned: bool = True,
+    ) -> None:
+        if rounds is not None:
+            check_at_least("rounds", rounds, 1)
+        check_at_least("probe_batches", probe_batches, 1)
+        settings = DoublePruningSettings(
+            target=target,
+            target_kind=target_kind,
+            rounds=rounds or 1,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            epochs_per_round=epochs_per_round,
+            tolerance=tolerance,
+            mode=mode,
+            patience_rounds=patience_rounds,
+            criterion=criterion,
+            channel_ranking=channel_ranking,
+            min_channels=min_channels,
+            max_group_ratio=max_group_ratio,
+            round_to=round_to,
+            exclude=tuple(exclude or ()),
+            order=order,
+            split=split,
+            importance=importance,
+            ranking=ranking,
+            mean_to_bias=mean_to_bias,
+            min_rank=min_rank,
+            max_layer_ratio=max_layer_ratio,
+        )
+        super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
+        self.new_bias = mean_to_bias
+        self.probe_batches = probe_batches
+
+    def check_module(self, pl_module: LightningModule) -> None:
+        """Refuse a module without decomposed layers."""
+        if not named_pairs(pl_module):
+            raise ValueError(
+                "`DoublePruning` found no decomposed layer: add `bsdp.callbacks.BasisDecomposition()` to the trainer's "
+                "callbacks, too. To prune channels alone, use `ChannelPruning`."
+            )
+
+    def check_epoch(self, pl_module: LightningModule) -> None:
+        """Refuse weights that somebody has thawed."""
+        refuse_thawed(named_pairs(self._pruner().network))
+
+    def check_optimizers(self, trainer: Trainer) -> None:
+        """Refuse scaling factors that do not train, and an automatic split without validation images."""
+        check_scales(trainer.optimizers, named_pairs(self._pruner().network))
+        if self.settings.split == "auto" and not trainer.enable_validation:
+            raise ValueError(
+                "`split: auto` compares cuts on validation images, and there is no validation loader: give one, or "
+                "set `split` to the share of the removal that bases shall take, such as 0.7."
+            )
+
+    def build(
+        self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
+    ) -> DoublePruner:
+        """Make the pruner."""
+        part = pl_module.get_submodule(network) if network else pl_module
+        like = next(part.parameters())
+        example = tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        return DoublePruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
+
+    def ceiling(self) -> str:
+        """The largest target, in words."""
+        pruner = self._pruner()
+        assert isinstance(pruner, DoublePruner)
+        return (
+            f"{len(pruner.channel.groups)} groups of channels can be pruned besides the bases; at most "
+            f"{pruner.largest_share():.1%} of the {self.settings.target_kind} would be gone"
+        )
+
+    def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the validation images on which cuts are compared."""
+        pruner = self._pruner()
+        assert isinstance(pruner, DoublePruner)
+        if self.settings.split != "auto" or pruner.probe is not None:
+            return
+        batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
+        found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
+        images = [as_parameters(tensor, pl_module) for tensor in found if tensor is not None]
+        if not images:
+            raise ValueError(
+                "`split: auto` reads the first floating-point tensor of a validation batch, and there is none: set "
+                "`split` to the share of the removal that bases shall take, such as 0.7."
+            )
+
+        def probe() -> Tensor:
+            with evaluating(pl_module):
+                return torch.cat([_scores(pl_module(tensor)) for tensor in images])
+
+        def average(value: float) -> float:
+            return float(mean_over_processes(trainer, torch.tensor(value, device=trainer.strategy.root_device)))
+
+        pruner.probe, pruner.average = probe, average
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell how the removal was split, then leave the smallest tolerated model."""
+        if not trainer.fast_dev_run and len(self.record.rounds) > 1:  # type: ignore[attr-defined]
+            cuts = [entry.stage for entry in self.record.rounds[1:]]
+            rank_zero_info(f"bsdp: cuts by round: {', '.join(cuts)}")
+        super().on_train_end(trainer, pl_module)
+
+
+def _scores(outputs: Any) -> Tensor:
+    tensor = first_tensor(outputs)
+    if tensor is None:
+        raise ValueError("`split: auto` needs a `forward` that gives a tensor: set `split` to a number.")
+    return tensor
