@@ -19,6 +19,7 @@ from bsdp.compiling import uncompiled
 from bsdp.cost import LayerCost, ModelCost, Positions, layer_cost
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
+from bsdp.scale_hooks import scales_of
 from bsdp.timing import time_in_turn
 from bsdp.widths import original_widths
 
@@ -155,6 +156,7 @@ def measure_cost(
     """
     pairs = named_pairs(model)
     inside = {id(p) for pair in pairs.values() for p in pair.parameters()}
+    inside |= {id(scales.weight) for scales in map(scales_of, model.modules()) if scales is not None}  # they fold away
     fixed_params = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     if example_input is None:
         return ModelCost({n: layer_cost(p) for n, p in pairs.items()}, fixed_params, None, new_bias)
