@@ -8,6 +8,7 @@ the graph prunes them: what is left there says which elements of the real tensor
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bsdp._checks import check_patterns, matches
 from bsdp.compiling import uncompiled
 from bsdp.folding import empty_folded
 from bsdp.layers import SUPPORTED_TYPES, named_pairs
@@ -25,12 +27,16 @@ from bsdp.probing import as_inputs
 from bsdp.scale_hooks import drop_scales
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_MANY_GROUPS = 64
+_BLAME_SECONDS = 20.0  # to look for the layers at fault in a model that is refused
+_STEPS_PER_LINK = 20  # DenseNet-121 takes fewer steps than it has links
 _COUPLING_NORMS = (nn.LayerNorm, nn.GroupNorm)  # they mix channels, so a removed one is missed by its neighbours
 
 
 class UntraceableError(ValueError):
     """The dependencies between the channels of a model could not be found, or are not what the graph says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ def channel_groups(
     Args:
         model: A plain or decomposed model; it is not changed.
         example_input: One example, batch size 1.
-        exclude: Names of layers whose channels must stay.
+        exclude: Layers whose channels must stay: names, or the name of a module that has them inside, or patterns with
+            ``*``.
         check: Whether to test the result.
 
     Returns:
@@ -120,13 +127,16 @@ def channel_groups(
 
     Raises:
         UntraceableError: If the model's dependencies cannot be followed, with the way out.
+        ValueError: If `exclude` names what the model does not have.
         ImportError: If torch-pruning is not installed.
     """
     inputs = as_inputs(example_input)
-    plain = _plain_copy(model)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    patterns = check_patterns("exclude", list(exclude), names)
+    ignored = {name for name in names if matches(name, patterns)}
     try:
-        graph = _trace(plain, inputs)
-        groups = _read_groups(graph, plain, set(exclude))
+        plain = _plain_copy(model)
+        groups = _read_groups(_trace(plain, inputs), plain, ignored)
     except ImportError:
         raise
     except Exception as error:  # whatever the tracer stumbles over in a model it does not understand
@@ -174,6 +184,9 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         parameter.grad = None
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    for module in plain.modules():
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            module.padding_mode = "zeros"  # other paddings are slices, which the graph takes for channels
     for module in memo.values():
         if isinstance(module, SUPPORTED_TYPES):
             for parameter in module.parameters():
@@ -204,17 +217,48 @@ def _torch_pruning() -> Any:
 def _trace(plain: nn.Module, inputs: tuple[Any, ...]) -> Any:
     library = _torch_pruning()
     with _quietly():
-        return library.DependencyGraph().build_dependency(
+        graph = library.DependencyGraph().build_dependency(
             plain, example_inputs=tuple(inputs) if len(inputs) > 1 else inputs[0], verbose=False
         )
+    nodes = list(graph.module2node.values())
+    walk = _Walk(_STEPS_PER_LINK * (20 + sum(len(node.dependencies) for node in nodes)))
+    for node in nodes:
+        node.dependencies = _Links(node.dependencies, walk)
+    graph.walk = walk
+    return graph
+
+
+class _Walk:
+    """How far the library may go through the links of one graph; where slices stand in a circle it goes on for ever."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.steps = most, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > self.most:
+            raise RecursionError("its dependencies go round in a circle")
+
+
+class _Links(list[Any]):
+    """Links of a node that count how often they are followed."""
+
+    def __init__(self, links: Iterable[Any], walk: _Walk) -> None:
+        super().__init__(links)
+        self.walk = walk
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walk.step()
+        return super().__iter__()
 
 
 def _read_groups(graph: Any, plain: nn.Module, exclude: set[str]) -> dict[str, ChannelGroup]:
     names = {module: name for name, module in plain.named_modules()}
-    ignored = [module for module, name in names.items() if name in exclude]
+    ignored = {module for name, module in plain.named_modules(remove_duplicate=False) if name in exclude}
     found: dict[str, ChannelGroup] = {}
     with _quietly():
         for raw in graph.get_all_groups(ignored_layers=[], root_module_types=list(SUPPORTED_TYPES)):
+            graph.walk.steps = 0  # of this group; the library looks for the next one when asked
             if any("OutputOp" in type(item.dep.target.module).__name__ for item in raw):
                 continue
             if any(item.dep.target.module in ignored and _makes(graph, item) for item in raw):
@@ -308,6 +352,7 @@ def _cut(
         for name, units in remove.items():
             if not units.numel():
                 continue
+            graph.walk.steps = 0
             root = modules[name]
             channels = groups[name].units[units].flatten().sort().values.tolist()
             graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, idxs=channels).prune()
@@ -369,10 +414,20 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _at_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> list[str]:
-    """Groups that go wrong on their own; none for a model of very many, which would take too long."""
-    if len(groups) > _MANY_GROUPS:
-        return []
-    return [name for name, group in groups.items() if _fault(model, inputs, {name: group}) is not None]
+    """Groups that go wrong on their own, found by halving; only the first ones where that takes long."""
+    bad: list[str] = []
+    parts = [list(groups)]
+    deadline = time.monotonic() + _BLAME_SECONDS
+    while parts and time.monotonic() < deadline:
+        names = parts.pop()
+        if _fault(model, inputs, {name: groups[name] for name in names}) is None:
+            continue
+        if len(names) == 1:
+            bad += names
+        else:
+            half = len(names) // 2
+            parts += [names[half:], names[:half]]
+    return bad
 
 
 @torch.no_grad()
