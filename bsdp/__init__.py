@@ -6,10 +6,16 @@
 
 from bsdp.batch_norm_folding import BatchNormFolding, fold_batch_norm
 from bsdp.calibration import collect_output_moments, rebase
+from bsdp.channel_graph import ChannelGroup, UntraceableError, channel_groups, plan_removal
+from bsdp.channel_importance import ChannelScores
+from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
+from bsdp.channel_selection import ChannelCost, ChannelPlan, select_channels
+from bsdp.channel_surgery import remove_channels
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.delta_files import AppliedDelta, load_delta, save_delta
 from bsdp.diff_pruning import SparseDelta, attach_deltas, detach_deltas, named_deltas, project_deltas
+from bsdp.double_pruner import DoublePruner, DoublePruningSettings, output_change
 from bsdp.export import ExportReport, export
 from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
@@ -33,7 +39,15 @@ __all__ = [
     "BasisPair",
     "BasisScalingConv",
     "BatchNormFolding",
+    "ChannelCost",
+    "ChannelGroup",
+    "ChannelPlan",
+    "ChannelPruner",
+    "ChannelPruningSettings",
+    "ChannelScores",
     "Decomposition",
+    "DoublePruner",
+    "DoublePruningSettings",
     "ExportReport",
     "FeatureStatistics",
     "IterativePruner",
@@ -49,8 +63,10 @@ __all__ = [
     "SparseDelta",
     "Speed",
     "SpeedComparison",
+    "UntraceableError",
     "adopt_parameters",
     "attach_deltas",
+    "channel_groups",
     "collect_output_moments",
     "compare_speed",
     "decompose",
@@ -71,16 +87,20 @@ __all__ = [
     "measure_latency",
     "named_deltas",
     "named_pairs",
+    "output_change",
     "pair_from_layer",
+    "plan_removal",
     "plot_pruning_curves",
     "project_deltas",
     "prune",
     "read_metadata",
     "rebase",
     "rebuild",
+    "remove_channels",
     "save",
     "save_delta",
     "select",
+    "select_channels",
     "structure_of",
     "summarize",
 ]

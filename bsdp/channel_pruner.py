@@ -33,10 +33,18 @@ _UNTRAINED = ("l1", "l2", "fpgm", "random")
 
 @dataclass(frozen=True)
 class ChannelPruningSettings(RoundSettings):
-    """Settings of iterative channel pruning; checked when made. Those not listed are as in `RoundSettings`.
+    """Settings of iterative channel pruning; checked when made.
 
     Attributes:
+        target: Share of the original model to remove, in (0, 1).
         target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"channels"``.
+        rounds: Number of cuts.
+        schedule: How the removal is spread over the rounds, see `kept_share`.
+        warmup_epochs: Epochs before the first cut.
+        epochs_per_round: Epochs of training after each cut.
+        tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
+        mode: ``"max"`` if a higher value is better, else ``"min"``.
+        patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
         criterion: Score of a channel, one of `ALL_CRITERIA`.
         channel_ranking: How scores of different groups compare, see `select_channels`.
         normalize: See `ChannelScores`.

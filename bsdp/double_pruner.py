@@ -38,10 +38,30 @@ Probe = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class DoublePruningSettings(ChannelPruningSettings):
-    """Settings of double pruning; checked when made. Those not listed are as in the settings of the two kinds.
+    """Settings of double pruning; checked when made.
 
     Attributes:
+        target: Share of the original model to remove, in (0, 1).
         target_kind: What `target` counts: ``"params"`` or ``"macs"``.
+        rounds: Number of cuts.
+        schedule: How the removal is spread over the rounds, see `kept_share`.
+        warmup_epochs: Epochs before the first cut.
+        epochs_per_round: Epochs of training after each cut.
+        tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
+        mode: ``"max"`` if a higher value is better, else ``"min"``.
+        patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
+        criterion: Score of a channel, one of `ALL_CRITERIA`.
+        channel_ranking: How scores of different groups compare, see `select_channels`.
+        normalize: See `ChannelScores`.
+        min_channels: Channels (units) that every group keeps at least.
+        max_group_ratio: Largest share of a group that one cut may remove.
+        round_to: Groups keep multiples of so many channels.
+        threshold: Remove no channel of at least this importance; None for no limit.
+        theta: Share of the cumulative sum of activations that the ranking ``"priority"`` keeps.
+        macs_penalty: What a channel's importance loses per share of the MACs that it costs (Molchanov et al. 2016).
+        l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``).
+        exclude: Names of layers whose channels must stay.
+        seed: Of ``"random"``.
         order: ``"basis_then_channel"``, ``"channel_then_basis"`` or ``"alternate"``.
         split: Share of the removal that bases take, in [0, 1], or ``"auto"``: found on validation data.
         importance: Score of bases, see `ScoreAccumulator`.
