@@ -173,14 +173,31 @@ class DoublePruner(RoundPruner):
                 f"`target={self.settings.target}` is out of reach: with the least ranks and channels everywhere, "
                 f"{most:.1%} of the {self.settings.target_kind} would be gone. Choose a target below {most:.3f}."
             )
+        if self.settings.split == "auto":
+            return
+        share = float(self.settings.split)
+        parts = {"basis": share * self.settings.target, "channel": (1.0 - share) * self.settings.target}
+        for name, largest in self.largest_shares().items():
+            if parts[name] > largest:
+                raise ValueError(
+                    f"`split={self.settings.split}` of `target={self.settings.target}` cannot be met: {parts[name]:.1%} "
+                    f"of the {self.settings.target_kind} would have to go by cuts of {name}, which can remove "
+                    f"{largest:.1%} at most. Use `split='auto'`, another share, or a smaller target."
+                )
 
     def largest_share(self) -> float:
-        """An upper bound of what can be removed: the better of the two kinds alone, on top of the other's floor."""
-        kind, settings = self.settings.target_kind, self.settings
-        original = self.cost.original(kind)
-        basis = self.cost.smallest(kind, min_rank=settings.min_rank) / original
-        channel = smallest_cost(self.channel, self.cost) / original
+        """What bases and channels together could remove at the very most."""
+        basis, channel = (1.0 - share for share in self.largest_shares().values())
         return 1.0 - min(basis, channel, basis * channel)
+
+    def largest_shares(self) -> dict[str, float]:
+        """What each kind could remove alone."""
+        kind = self.settings.target_kind
+        least = {
+            "basis": self.cost.smallest(kind, min_rank=self.settings.min_rank),
+            "channel": smallest_cost(self.channel, self.cost),
+        }
+        return {name: 1.0 - cost / self.cost.original(kind) for name, cost in least.items()}
 
     def measured_cost(self) -> ModelCost:
         """Cost of the network as it is now."""

@@ -162,10 +162,12 @@ class ChannelPruning(RoundPruning):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add channel factors and freeze, before optimizers and DDP exist."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if stage != "fit" or not (self.freeze or self.settings.criterion in SCALED):
             return
-        pl_module.configure_model()
-        network = pl_module.get_submodule(only_network(pl_module)) if only_network(pl_module) else pl_module
+        if find_head(pl_module) is None:
+            pl_module.configure_model()
+        name = only_network(pl_module)
+        network = pl_module.get_submodule(name) if name else pl_module
         if self.settings.criterion in SCALED and scales_of(network) is None:
             shapes = self._input_shapes(trainer, pl_module)
             groups = channel_groups(network, tuple(torch.zeros(s) for s in shapes), exclude=self.settings.exclude)
