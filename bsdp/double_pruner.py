@@ -180,9 +180,9 @@ class DoublePruner(RoundPruner):
         for name, largest in self.largest_shares().items():
             if parts[name] > largest:
                 raise ValueError(
-                    f"`split={self.settings.split}` of `target={self.settings.target}` cannot be met: {parts[name]:.1%} "
-                    f"of the {self.settings.target_kind} would have to go by cuts of {name}, which can remove "
-                    f"{largest:.1%} at most. Use `split='auto'`, another share, or a smaller target."
+                    f"`split={self.settings.split}` of `target={self.settings.target}` cannot be met: "
+                    f"{parts[name]:.1%} of the {self.settings.target_kind} would have to go by cuts of {name}, which "
+                    f"can remove {largest:.1%} at most. Use `split='auto'`, another share, or a smaller target."
                 )
 
     def largest_share(self) -> float:
