@@ -196,11 +196,15 @@ class IterativePruner(RoundPruner):
         part = model.get_submodule(network) if network else model
         if not named_pairs(part):
             raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
-        self.stage = BasisStage(part, settings, kind=settings.target_kind)
+        self.stage = self.new_stage(part, settings)
         super().__init__(model, settings, cost, {"basis": self.stage}, network=network, monitor=monitor)
         if settings.target_kind != "macs" or cost.fixed_macs is not None:
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
+
+    def new_stage(self, network: nn.Module, settings: PruningSettings) -> BasisStage:
+        """Make what scores and removes the bases."""
+        return BasisStage(network, settings, kind=settings.target_kind)
 
     def check_target(self) -> None:
         """Refuse a target beyond `largest_removable_share`."""

@@ -138,6 +138,30 @@ def select(
     )
 
 
+def select_ranks(importance: Mapping[str, Tensor], cost: ModelCost, ranks: Mapping[str, int]) -> PruningPlan:
+    """Plan the removal of each layer's weakest bases down to given ranks.
+
+    Args:
+        importance: Non-negative scores of every layer in `cost`, ``[groups * rank]``; higher = keep.
+        cost: The model's cost.
+        ranks: Rank per group that each layer shall keep, no more than it has; layers where cuts cannot pay keep all.
+
+    Returns:
+        The plan; it is always reached.
+    """
+    _check_names(importance, cost)
+    units = [
+        _units(name, scores.detach().cpu().double(), cost.layers[name], ranks[name], 1.0)
+        for name, scores in importance.items()
+    ]
+    return PruningPlan(
+        keep={u.name: u.keep(u.most) for u in units},
+        ranks_before={u.name: u.rank for u in units},
+        ranks={u.name: u.rank - u.most for u in units},
+        reached=True,
+    )
+
+
 def _check_names(importance: Mapping[str, Tensor], cost: ModelCost) -> None:
     odd = sorted(importance.keys() ^ cost.layers.keys())
     if odd:

@@ -7,6 +7,7 @@ from bsdp.callbacks.double_pruning import DoublePruning
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
 from bsdp.callbacks.pruning_report import PruningReport
 from bsdp.callbacks.source_pretraining import SourcePretraining
+from bsdp.callbacks.two_temperature import TwoTemperaturePruning
 from bsdp.callbacks.wandb_curves import WandbPruningCurves
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "IterativeBasisPruning",
     "PruningReport",
     "SourcePretraining",
+    "TwoTemperaturePruning",
     "WandbPruningCurves",
 ]

@@ -18,6 +18,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
     },
     "SourcePretraining": {"arguments": {"epochs": 1}, "beside": [BasisDecomposition], "data": StripesWithSource},
+    "TwoTemperaturePruning": {
+        "arguments": {"target": 0.5, "tolerance": None, "warmup_epochs": 0, "search_epochs": 1},
+        "beside": [BasisDecomposition],
+    },
     "WandbPruningCurves": {
         "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
         "wandb": True,
