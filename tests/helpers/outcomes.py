@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from bsdp.probing import evaluating
 from tests.helpers.pruning_runs import Stripes, make_trainer
 
 EPOCHS = 4
@@ -36,12 +37,12 @@ class Watch(Callback):
 
 
 def loss_of(module: Any) -> float:
-    """Loss of a classifier on all of `Stripes`, leaving its modes as they are."""
+    """Loss of a classifier on all of `Stripes`, in eval mode and without changing it."""
     data = Stripes()
     data.setup("fit")
     images, labels = data.examples.tensors
     first = next(module.parameters())
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with evaluating(module), torch.autocast("cpu", enabled=False):
         return float(F.cross_entropy(module(images.to(first)).float(), labels))
 
 
