@@ -132,7 +132,7 @@ def channel_groups(
     """
     inputs = as_inputs(example_input)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    patterns = check_patterns("exclude", list(exclude), names)
+    patterns = check_patterns("exclude", exclude, names)
     ignored = {name for name in names if matches(name, patterns)}
     try:
         plain = _plain_copy(model)
