@@ -114,9 +114,9 @@ class TransferTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the structure of a changed network where no callback did, as with ``save_weights_only``."""
         from bsdp.diff_pruning import SparseDelta
-        from bsdp.structure import structure_of
+        from bsdp.structure import shape_of, structure_of
 
-        if any(isinstance(module, (BasisPair, SparseDelta)) for module in self.modules()):
+        if shape_of(self) or any(isinstance(module, (BasisPair, SparseDelta)) for module in self.modules()):
             checkpoint.setdefault("bsdp", structure_of(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

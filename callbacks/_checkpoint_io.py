@@ -1,14 +1,17 @@
-"""Checkpoints that are on disk whole or not at all."""
+"""Checkpoints that are on disk whole or not at all, and fit modules that lost channels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from bsdp.structure import set_shape
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -44,3 +47,22 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
         return
     if type(present) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFileIO()
+
+
+def load_shape_first(trainer: Trainer) -> None:
+    """Let a trainer give its module the widths of a checkpoint before the weights load.
+
+    Pairs follow the ranks of the incoming weights by themselves, but layers that lost channels need to be told, and of
+    Lightning's hooks only the module's own run early enough.
+    """
+    strategy = trainer.strategy
+    if "load_model_state_dict" in vars(strategy):  # another callback, or another fit, has done it
+        return
+    load = strategy.load_model_state_dict
+
+    def load_model_state_dict(checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        assert strategy.lightning_module is not None
+        set_shape(strategy.lightning_module, checkpoint.get("bsdp", {}))
+        load(checkpoint, *args, **kwargs)
+
+    strategy.load_model_state_dict = load_model_state_dict  # type: ignore[method-assign]

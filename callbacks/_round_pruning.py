@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 import bsdp
-from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
+from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
+from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
 from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value
 from bsdp.callbacks._processes import mean_over_processes, rewrap
@@ -94,6 +95,7 @@ class RoundPruning(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
+        load_shape_first(trainer)
         if stage != "fit":
             return
         self.pruner = self._loaded = self.checkpoint_path = self.weights_path = None  # another fit starts anew
@@ -146,7 +148,8 @@ class RoundPruning(Callback):
         refuse_optimizers(trainer.optimizers)
         if self.pruner is None:
             network = only_network(pl_module)
-            batch = first_example(trainer)
+            with random_state_kept():  # the same order of the data as beside callbacks that need no example
+                batch = first_example(trainer)
             try:
                 cost, shapes = measure_on_batch(pl_module, network, batch, new_bias=self.new_bias)
             except ValueError as error:

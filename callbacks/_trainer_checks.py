@@ -55,6 +55,11 @@ def refuse_unsupported(trainer: Trainer, callback: object) -> None:
         )
 
 
+def is_beside(trainer: Trainer, name: str) -> bool:
+    """Whether a trainer has a callback of a class of this name, or of one derived from it."""
+    return any(name in _ancestors(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers that evaluate the loss several times per step."""
     for optimizer in optimizers:

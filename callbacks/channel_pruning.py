@@ -12,6 +12,7 @@ from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import measure_module_cost, only_network
 from bsdp.callbacks._round_pruning import RoundPruning
+from bsdp.callbacks._trainer_checks import is_beside
 from bsdp.channel_graph import channel_groups
 from bsdp.channel_pruner import SCALED, ChannelPruner, ChannelPruningSettings
 from bsdp.channel_scales import add_scales
@@ -19,6 +20,7 @@ from bsdp.cost import ModelCost
 from bsdp.decompose import find_head
 from bsdp.freezing import fixed_batch_norms, freeze
 from bsdp.layers import named_pairs
+from bsdp.optimizers import adopt_parameters
 from bsdp.probing import first_tensor
 from bsdp.scale_hooks import scales_of
 
@@ -89,6 +91,8 @@ class ChannelPruning(RoundPruning):
             ``transtailor`` on a plain module; a decomposed module stays as `BasisDecomposition` froze it.
         exclude: Names of layers whose channels must stay, relative to the network.
         seed: Of ``criterion: random``.
+        mean_to_bias: Move the mean of removed channels into the biases of the layers that read them, where these have
+            one (pairs do; a convolution before a batch norm mostly does not).
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
 
@@ -125,6 +129,7 @@ class ChannelPruning(RoundPruning):
         freeze: bool | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
+        mean_to_bias: bool = True,
         restore_best: bool = True,
         save_pruned: bool = True,
     ) -> None:
@@ -154,6 +159,7 @@ class ChannelPruning(RoundPruning):
             l1=l1,
             exclude=tuple(exclude or ()),
             seed=seed,
+            mean_to_bias=mean_to_bias,
         )
         super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
         self.freeze = criterion in SCALED if freeze is None else freeze
@@ -162,27 +168,62 @@ class ChannelPruning(RoundPruning):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add channel factors and freeze, before optimizers and DDP exist."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or not (self.freeze or self.settings.criterion in SCALED):
+        self._fixed_batch_norms = []
+        scaled = self.settings.criterion in SCALED
+        if stage != "fit" or not (self.freeze or scaled):
+            return
+        if is_beside(trainer, "BasisDecomposition"):  # which freezes what has to be frozen
+            self._refuse_factors(scaled)
             return
         if find_head(pl_module) is None:
             pl_module.configure_model()
-        name = only_network(pl_module)
-        network = pl_module.get_submodule(name) if name else pl_module
-        if self.settings.criterion in SCALED and scales_of(network) is None:
+        network = _network_of(pl_module)
+        self._refuse_factors(scaled and bool(named_pairs(network)))
+        if scaled and scales_of(network) is None:
             shapes = self._input_shapes(trainer, pl_module)
-            groups = channel_groups(network, tuple(torch.zeros(s) for s in shapes), exclude=self.settings.exclude)
+            groups = channel_groups(network, _zeros(shapes, network), exclude=self.settings.exclude)
             add_scales(network, groups)
         if self.freeze and not named_pairs(pl_module):
             self._freeze(pl_module, network)
 
+    def _refuse_factors(self, refuse: bool) -> None:
+        if refuse:
+            raise ValueError(
+                f"`criterion: {self.settings.criterion}` trains a factor per channel of a plain network, and this one "
+                "is decomposed, with scaling factors of its own: leave `BasisDecomposition` out, or choose another "
+                "criterion."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the channel factors are in an optimizer, then as in `RoundPruning`."""
+        if self.settings.criterion in SCALED:
+            self._adopt_factors(trainer, pl_module)
+        if self._fixed_batch_norms:  # `sync_batchnorm` has replaced them
+            self._fixed_batch_norms = _fixed_batch_norms(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _adopt_factors(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scales, head = scales_of(_network_of(pl_module)), find_head(pl_module)
+        if scales is None or head is None:
+            raise ValueError(
+                "the channel factors are gone: something built the network anew after `setup`. Let `configure_model`, "
+                "which is called twice, return at once when the network is there."
+            )
+        # An optimizer that was built before `setup` holds the head, beside which the factors train.
+        successors = [(parameter, scales.weight) for parameter in pl_module.get_submodule(head).parameters()]
+        if adopt_parameters(trainer.optimizers, successors, pl_module):
+            raise ValueError(
+                "no optimizer holds the channel factors or the head, so nothing would train. Give the optimizer all "
+                "parameters (`self.parameters()`, or those with `requires_grad`) in `configure_optimizers`."
+            )
+
     def _freeze(self, pl_module: LightningModule, network: torch.nn.Module) -> None:
         head = find_head(pl_module)
-        kept = [] if head is None else [head]
-        freeze(pl_module, trainable=kept)
+        freeze(pl_module, trainable=[] if head is None else [head])
         scales = scales_of(network)
         if scales is not None:
             scales.requires_grad_(True)
-        self._fixed_batch_norms = fixed_batch_norms(pl_module, trainable=kept, batch_norm="frozen")
+        self._fixed_batch_norms = _fixed_batch_norms(pl_module)
         trains = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         factors = 0 if scales is None else scales.weight.numel()
         rank_zero_info(f"bsdp: {trains:,} parameters train ({factors:,} of them channel factors); the rest is frozen")
@@ -211,8 +252,7 @@ class ChannelPruning(RoundPruning):
     ) -> ChannelPruner:
         """Make the pruner."""
         part = pl_module.get_submodule(network) if network else pl_module
-        like = next(part.parameters())
-        example = tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        example = _zeros(shapes, part)
         return ChannelPruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
 
     def ceiling(self) -> str | None:
@@ -234,6 +274,21 @@ class ChannelPruning(RoundPruning):
                 "`criterion: bn_scale` ranks channels by batch-norm weights, but all of them are frozen: let them "
                 "train (`batch_norm: affine` or `all` in `BasisDecomposition`), or choose another criterion."
             )
+
+
+def _network_of(pl_module: LightningModule) -> torch.nn.Module:
+    name = only_network(pl_module)
+    return pl_module.get_submodule(name) if name else pl_module
+
+
+def _zeros(shapes: list[list[int]], network: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    like = next(network.parameters())
+    return tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+
+
+def _fixed_batch_norms(pl_module: LightningModule) -> list[torch.nn.Module]:
+    head = find_head(pl_module)
+    return fixed_batch_norms(pl_module, trainable=[] if head is None else [head], batch_norm="frozen")
 
 
 def _example_of_data(trainer: Trainer, pl_module: LightningModule) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bsdp._checks import check_at_least
+from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
@@ -51,7 +52,7 @@ class DoublePruning(RoundPruning):
         monitor: Name of the logged validation metric.
         mode: ``max`` if a higher value is better, else ``min``.
         patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
-        mean_to_bias: Move the mean output of removed bases into biases.
+        mean_to_bias: Move the mean output of removed bases, and the mean of removed channels, into biases.
         min_rank: Rank that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
         min_channels: Channels that every group keeps at least.
@@ -145,7 +146,9 @@ class DoublePruning(RoundPruning):
 
     def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse scaling factors that do not train, and an automatic split without validation images."""
-        check_scales(trainer.optimizers, named_pairs(self._pruner().network))
+        pruner = self._pruner()
+        if pruner.stages["basis"].needs_gradients:
+            check_scales(trainer.optimizers, named_pairs(pruner.network))
         if self.settings.split == "auto" and not trainer.enable_validation:
             raise ValueError(
                 "`split: auto` compares cuts on validation images, and there is no validation loader: give one, or "
@@ -176,8 +179,10 @@ class DoublePruning(RoundPruning):
         assert isinstance(pruner, DoublePruner)
         if self.settings.split != "auto" or pruner.probe is not None:
             return
-        batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
-        found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
+        with random_state_kept():  # the same images at whichever cut a resumed run comes here
+            torch.manual_seed(0)
+            batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
+            found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
         images = [as_parameters(tensor, pl_module) for tensor in found if tensor is not None]
         if not images:
             raise ValueError(
