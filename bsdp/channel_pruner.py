@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.channel_graph import ChannelGroup, channel_groups, plan_removal
 from bsdp.channel_importance import CRITERIA, ChannelScores
+from bsdp.channel_means import InputMeans, move_means_to_bias
 from bsdp.channel_scales import ScaleScores, add_scales, keep_scales
 from bsdp.channel_selection import CHANNEL_KINDS, CHANNEL_RANKINGS, ChannelCost, ChannelPlan, select_channels
 from bsdp.channel_surgery import remove_channels
@@ -57,6 +58,8 @@ class ChannelPruningSettings(RoundSettings):
         l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``).
         exclude: Names of layers whose channels must stay.
         seed: Of ``"random"``.
+        mean_to_bias: Move the mean of removed channels (and bases) into the biases of the layers that read them, where
+            these have one.
     """
 
     kinds: ClassVar[tuple[str, ...]] = CHANNEL_KINDS
@@ -74,6 +77,7 @@ class ChannelPruningSettings(RoundSettings):
     l1: float = 0.0
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    mean_to_bias: bool = True
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, ALL_CRITERIA)
@@ -124,6 +128,7 @@ class ChannelStage:
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
         self.positions = measure_positions(network, described_layers(network), self.example)
+        self.means = InputMeans(network, self.groups)
         self.scores: Any
         if settings.criterion in SCALED:
             if scales_of(network) is None:
@@ -164,18 +169,21 @@ class ChannelStage:
     def reset(self) -> None:
         """Forget all scores."""
         self.scores.reset()
+        self.means.reset()
 
     def rebind(self) -> None:
         """Follow the network after a cut of channels, forgetting all scores."""
         self.groups = channel_groups(self.network, self.example, exclude=self.settings.exclude, check=False)
         self.scores.rebind(self.groups)
+        self.means.rebind(self.groups)
 
     def collecting(self, scale: float) -> ExitStack | None:
-        """Watch what the layers read, for criteria that need it."""
-        if not self.scores.needs_hooks:
-            return None
+        """Watch what the layers read."""
         stack = ExitStack()
-        stack.enter_context(self.scores.collecting(scale))
+        if self.scores.needs_hooks:
+            stack.enter_context(self.scores.collecting(scale))
+        if self.settings.mean_to_bias and self.means.layers:
+            stack.enter_context(self.means.collecting())
         return stack
 
     def cost(self, cost: ModelCost) -> ChannelCost:
@@ -217,6 +225,8 @@ class ChannelStage:
         optimizers = list(optimizers)
         if any(units.numel() for units in plan.remove.values()):
             changes = plan_removal(self.network, self.example, self.groups, plan.remove)
+            if self.settings.mean_to_bias and scales_of(self.network) is None:
+                move_means_to_bias(self.network, self.groups, plan.remove, self.means.compute())
             remove_channels(self.network, changes, optimizers=optimizers)
             if scales_of(self.network) is not None:
                 keep = _kept(self.groups, plan.remove)
@@ -233,14 +243,17 @@ class ChannelStage:
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Average scores over processes."""
         self.scores.reduce(reduce)
+        if self.settings.mean_to_bias:
+            self.means.reduce(reduce)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint."""
-        return {"scores": self.scores.state_dict()}
+        return {"scores": self.scores.state_dict(), "means": self.means.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.scores.load_state_dict(state["scores"])
+        self.means.load_state_dict(state["means"])
 
 
 def _kept(groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> Tensor:

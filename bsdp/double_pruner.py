@@ -8,6 +8,7 @@ images less is the one that is made. No labels are read for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -62,11 +63,11 @@ class DoublePruningSettings(ChannelPruningSettings):
         l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``).
         exclude: Names of layers whose channels must stay.
         seed: Of ``"random"``.
+        mean_to_bias: Move the mean output of removed bases, and the mean of removed channels, into biases.
         order: ``"basis_then_channel"``, ``"channel_then_basis"`` or ``"alternate"``.
         split: Share of the removal that bases take, in [0, 1], or ``"auto"``: found on validation data.
         importance: Score of bases, see `ScoreAccumulator`.
         ranking: How bases of different layers compare, see `select`.
-        mean_to_bias: Move the mean output of removed bases into the bias.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
     """
@@ -78,7 +79,6 @@ class DoublePruningSettings(ChannelPruningSettings):
     split: float | Literal["auto"] = "auto"
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
-    mean_to_bias: bool = True
     min_rank: int = 1
     max_layer_ratio: float = 0.95
 
@@ -161,6 +161,7 @@ class DoublePruner(RoundPruner):
         self.changes: dict[str, float] = {}  # what the last trial of each kind did to the outputs
         self.stage = "basis" if settings.order == "basis_then_channel" else "channel"
         self._cut_by = ""
+        self._plans: dict[str, Any] = {}  # of a trial, so that the cut which was tried is the one that is made
         if not widths_of(part):  # else the original's cost is not known before the state is loaded
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
@@ -210,19 +211,23 @@ class DoublePruner(RoundPruner):
     def remove(self, budget: float, optimizers: Iterable[Optimizer]) -> bool:
         """Cut bases or channels down to a budget, whichever the order and the split say.
 
-        Where one kind cannot reach the budget, the other one goes on.
+        Where bases alone cannot reach the budget, channels go on.
         """
         optimizers = list(optimizers)
+        self._plans = {}
         first = self._choose(budget)
-        second = "channel" if first == "basis" else "basis"
+        plan = self._plans[first] if first in self._plans else self.stages[first].plan(budget, self.cost)
+        self._plans = {}
         self._cut_by = first
-        reached = self.stages[first].apply(self.stages[first].plan(budget, self.cost), optimizers)
-        if reached:
-            return True
-        if first == "channel":  # the pairs have other ranks and bases now, so their scores are gone
+        reached = self.stages[first].apply(plan, optimizers)
+        if reached or first == "channel":  # after which the pairs have other bases, so their scores are gone
+            return reached
+        try:
+            plan = self.channel.plan(budget, self.measured_cost())
+        except NoScoresError:  # the cut of bases stands
             return False
         self._cut_by = "basis and channel"
-        return self.stages[second].apply(self.stages[second].plan(budget, self.measured_cost()), optimizers)
+        return self.channel.apply(plan, optimizers)
 
     def _choose(self, budget: float) -> str:
         settings = self.settings
@@ -232,7 +237,7 @@ class DoublePruner(RoundPruner):
             return self.stage
         self.changes = self.try_both(budget)
         better = min(self.changes, key=lambda name: self.changes[name])
-        if settings.order == "alternate" or better != self.stage:
+        if settings.order == "alternate" or math.isfinite(self.changes[better]):
             self.stage = better
         return self.stage
 
@@ -258,30 +263,33 @@ class DoublePruner(RoundPruner):
         """Cut in both ways for a moment, and see what each does to the outputs on validation images.
 
         Returns:
-            `output_change` by kind; infinity for a kind that cannot reach the budget.
+            `output_change` by kind; infinity for a kind that cannot reach the budget, or has no scores.
 
         Raises:
             ValueError: If there is no probe.
         """
         if self.probe is None:
             raise ValueError("`split='auto'` needs `probe`, a function that gives outputs on validation images.")
-        before, changes = self.probe(), {}
-        state = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
-        shape = shape_of(self.network)
-        gradients = {name: p.grad for name, p in self.network.named_parameters()}
-        for name, stage in self.stages.items():
-            try:
-                plan = stage.plan(budget, self.cost)
-            except NoScoresError:
-                changes[name] = float("inf")
-                continue
-            reached = stage.apply(plan, [])
-            changes[name] = self.average(output_change(before, self.probe())) if reached else float("inf")
-            set_shape(self.network, shape)
-            load_tensors(self.network, state)
-            for key, parameter in self.network.named_parameters():
+        before = self.probe()
+        return {name: self._try(name, budget, before, self.probe) for name in self.stages}
+
+    def _try(self, name: str, budget: float, before: Tensor, probe: Probe) -> float:
+        stage, network = self.stages[name], self.network
+        try:
+            plan = self._plans[name] = stage.plan(budget, self.cost)
+        except NoScoresError:
+            return math.inf
+        state = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        shape, gradients = shape_of(network), {key: p.grad for key, p in network.named_parameters()}
+        try:
+            change = output_change(before, probe()) if stage.apply(plan, []) else math.inf
+        finally:
+            set_shape(network, shape)
+            load_tensors(network, state)
+            for key, parameter in network.named_parameters():
                 parameter.grad = gradients[key]
-        return changes
+        change = self.average(change)
+        return math.inf if math.isnan(change) else change
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint."""
