@@ -127,7 +127,9 @@ class ChannelStage:
         self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
-        self.positions = measure_positions(network, described_layers(network), self.example)
+        norms = {m.layer for group in self.groups.values() for m in group.members if m.batch_norm}
+        layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
+        self.positions = measure_positions(network, layers, self.example)
         self.means = InputMeans(network, self.groups)
         self.scores: Any
         if settings.criterion in SCALED:

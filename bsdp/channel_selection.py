@@ -7,14 +7,15 @@ follows the widths of all layers; a pair costs the cheaper of its two forms at i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
-from bsdp.channel_graph import ChannelGroup, ChannelMember
+from bsdp.channel_criteria import kept_by_cumsum
+from bsdp.channel_graph import ChannelGroup
 from bsdp.cost import LayerCost, Positions, layer_cost
 from bsdp.layers import BasisPair, weight_of
 
@@ -56,7 +57,8 @@ class ChannelCost:
         groups: Its groups, from `channel_groups`.
         total: Cost of the folded network now, in units of `kind`; not needed for ``"channels"``.
         kind: ``"params"``, ``"macs"`` or ``"channels"``.
-        positions: Positions of the layers per example, for ``"macs"`` (see `measure_positions`).
+        positions: Positions of the layers per example, for ``"macs"`` (see `measure_positions`). Batch norms count
+            if they are among them.
         new_bias: Whether a pair below full rank has a bias that the original lacked.
     """
 
@@ -80,8 +82,9 @@ class ChannelCost:
                 module = model.get_submodule(member.layer)
                 if member.weighted and member.layer not in self.layers:
                     self.layers[member.layer] = _layer(module, None if positions is None else positions[member.layer])
-                if kind == "params" and not member.weighted:
-                    self.extra[group.name] = self.extra.get(group.name, 0.0) + _params_per_unit(module, group, member)
+                if not member.weighted:
+                    more = _per_channel(module, kind, (positions or {}).get(member.layer)) * member.index.shape[1]
+                    self.extra[group.name] = self.extra.get(group.name, 0.0) + more
         self.widths = {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
         self.total: float = sum(self._made(g) * g.size for g in groups.values()) if kind == "channels" else total
 
@@ -216,11 +219,13 @@ def _layer(module: nn.Module, positions: Positions | None) -> _Layer:
     return _Layer(replace(cost, whole=True), inputs, cost.out_channels, None)
 
 
-def _params_per_unit(module: nn.Module, group: ChannelGroup, member: ChannelMember) -> float:
-    """Parameters of a batch norm or the like that go with one unit."""
+def _per_channel(module: nn.Module, kind: str, positions: Positions | None) -> float:
+    """What one channel of a batch norm or the like costs."""
     sizes = [p.numel() for p in module.parameters(recurse=False)]
+    if kind == "macs":  # as fvcore counts a batch norm in eval mode; of other layers little is known
+        return 0.0 if positions is None else positions.weights * (2.0 if sizes else 1.0)
     channels = max((p.shape[0] for p in module.parameters(recurse=False) if p.dim()), default=1)
-    return sum(sizes) / max(1, channels) * member.index.shape[1]
+    return sum(sizes) / max(1, channels)
 
 
 @dataclass(frozen=True)
@@ -308,17 +313,10 @@ def _by_priority(
     theta: float,
 ) -> None:
     """Cut the most redundant group first, each down to what holds the share `theta` of its sum."""
-    room = {name: _redundant(entry.values, theta) for name, entry in ordered.items()}
+    room = {name: len(entry.values) - kept_by_cumsum(entry.values, theta) for name, entry in ordered.items()}
     for name in sorted(room, key=lambda n: -room[n] / len(ordered[n].values)):
         for count in chunks[name]:
             if cost.total <= budget or removed[name] + count > room[name]:
                 break
             cost.remove(name, count)
             removed[name] += count
-
-
-def _redundant(values: Iterable[float], theta: float) -> int:
-    """How many of the smallest values may go so that the rest holds at least the share `theta` of the sum."""
-    ascending = torch.tensor(sorted(values), dtype=torch.float64)
-    lost = ascending.cumsum(0)
-    return int((lost <= (1.0 - theta) * lost[-1] + 1e-15).sum())

@@ -173,7 +173,7 @@ def measure_positions(
 ) -> dict[str, Positions]:
     """Positions per example of each layer, summed over its calls; zeros for a layer that is not called.
 
-    Pairs also learn whether the model needs them whole, see `BasisPair`.
+    Pairs also learn whether the model needs them whole, see `BasisPair`. Batch norms may be among the layers.
     """
     positions = dict.fromkeys(layers, Positions(0, 0))
     names = {layer: name for name, layer in layers.items()}
@@ -181,7 +181,8 @@ def measure_positions(
     batch = _batch_size(arguments)
 
     def observe(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs = weights = output.numel() // (layer_outputs(layer) * batch)
+        channels = getattr(layer, "num_features", 0) or layer_outputs(layer)
+        outputs = weights = output.numel() // (channels * batch)
         if is_transposed(layer):
             weights = inputs[0].numel() // (layer.in_channels * batch)  # type: ignore[operator]
         seen = positions[names[layer]]
