@@ -131,6 +131,7 @@ class ChannelStage:
         layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
         self.positions = measure_positions(network, layers, self.example)
         self.means = InputMeans(network, self.groups)
+        self._computed: dict[str, Tensor] | None = None  # since the last step, so that plans of one cut agree
         self.scores: Any
         if settings.criterion in SCALED:
             if scales_of(network) is None:
@@ -153,6 +154,7 @@ class ChannelStage:
     @torch.no_grad()
     def update(self) -> None:
         """Add the scores of the gradients that stand now, and then the gradient of the L1 penalty to them."""
+        self._computed = None
         self.scores.update()
         if self.settings.l1:
             for weight in self.penalised():
@@ -170,12 +172,14 @@ class ChannelStage:
 
     def reset(self) -> None:
         """Forget all scores."""
+        self._computed = None
         self.scores.reset()
         self.means.reset()
 
     def rebind(self) -> None:
         """Follow the network after a cut of channels, forgetting all scores."""
         self.groups = channel_groups(self.network, self.example, exclude=self.settings.exclude, check=False)
+        self._computed = None
         self.scores.rebind(self.groups)
         self.means.rebind(self.groups)
 
@@ -198,7 +202,9 @@ class ChannelStage:
     def plan(self, budget: float, cost: ModelCost) -> ChannelPlan:
         """Plan the removal of the weakest channels."""
         settings, reckoning = self.settings, self.cost(cost)
-        scores = self.scores.compute()
+        if self._computed is None:
+            self._computed = self.scores.compute()
+        scores = self._computed
         if settings.macs_penalty:
             scores = self._penalise_macs(scores)
         return select_channels(
@@ -244,6 +250,7 @@ class ChannelStage:
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Average scores over processes."""
+        self._computed = None
         self.scores.reduce(reduce)
         if self.settings.mean_to_bias:
             self.means.reduce(reduce)

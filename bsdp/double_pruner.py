@@ -1,9 +1,9 @@
 """Double pruning: channels on top of bases, the split found on validation data while the model trains.
 
 The paper (Wong et al., arXiv 2108.02893) combines basis pruning with an existing channel pruner; how much each of them
-should remove is not published. Here (our choice) every round may be a cut of either kind down to the round's budget,
-and with ``split="auto"`` both are tried on the spot: the kind whose cut changes the network's outputs on validation
-images less is the one that is made. No labels are read for that.
+should remove is not published. Here (our choice) every round may be a cut of either kind, or of both, down to the
+round's budget, and with ``split="auto"`` they are tried on the spot: the cut that changes the network's outputs on
+validation images least is the one that is made. No labels are read for that.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from bsdp.structure import set_shape, shape_of
 from bsdp.surgery import load_tensors
 from bsdp.widths import widths_of
 
+CUTS = ("basis", "channel", "basis and channel")
 ORDERS = ("basis_then_channel", "channel_then_basis", "alternate")
 Probe = Callable[[], Tensor]
 
@@ -161,7 +162,6 @@ class DoublePruner(RoundPruner):
         self.changes: dict[str, float] = {}  # what the last trial of each kind did to the outputs
         self.stage = "basis" if settings.order == "basis_then_channel" else "channel"
         self._cut_by = ""
-        self._plans: dict[str, Any] = {}  # of a trial, so that the cut which was tried is the one that is made
         if not widths_of(part):  # else the original's cost is not known before the state is loaded
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
@@ -214,14 +214,18 @@ class DoublePruner(RoundPruner):
         Where bases alone cannot reach the budget, channels go on.
         """
         optimizers = list(optimizers)
-        self._plans = {}
-        first = self._choose(budget)
-        plan = self._plans[first] if first in self._plans else self.stages[first].plan(budget, self.cost)
-        self._plans = {}
-        self._cut_by = first
-        reached = self.stages[first].apply(plan, optimizers)
-        if reached or first == "channel":  # after which the pairs have other bases, so their scores are gone
-            return reached
+        self._cut_by = self._choose(budget)
+        return self._cut(self._cut_by, budget, optimizers)
+
+    def _cut(self, how: str, budget: float, optimizers: list[Optimizer]) -> bool:
+        """Make one of the cuts of `CUTS`; return whether the budget is met."""
+        if how == "channel":  # after which the pairs have other bases, so their scores are gone
+            return self.channel.apply(self.channel.plan(budget, self.cost), optimizers)
+        first = budget
+        if how == "basis and channel":  # half of the way each, on a logarithmic scale
+            first = math.sqrt(budget * self.cost.deployed(self.ranks, self.settings.target_kind))
+        if self.basis.apply(self.basis.plan(first, self.cost), optimizers) and how == "basis":
+            return True
         try:
             plan = self.channel.plan(budget, self.measured_cost())
         except NoScoresError:  # the cut of bases stands
@@ -235,7 +239,7 @@ class DoublePruner(RoundPruner):
             return self._by_share(float(settings.split), budget)
         if settings.order != "alternate" and self.stage == _last(settings.order):
             return self.stage
-        self.changes = self.try_both(budget)
+        self.changes = self.try_cuts(budget)
         better = min(self.changes, key=lambda name: self.changes[name])
         if settings.order == "alternate" or math.isfinite(self.changes[better]):
             self.stage = better
@@ -259,11 +263,11 @@ class DoublePruner(RoundPruner):
         # The kind that is further behind its share goes next.
         return "basis" if done["basis"] - share * removed <= done["channel"] - (1.0 - share) * removed else "channel"
 
-    def try_both(self, budget: float) -> dict[str, float]:
-        """Cut in both ways for a moment, and see what each does to the outputs on validation images.
+    def try_cuts(self, budget: float) -> dict[str, float]:
+        """Make every cut that the order allows for a moment, and see what it does to the outputs on validation images.
 
         Returns:
-            `output_change` by kind; infinity for a kind that cannot reach the budget, or has no scores.
+            `output_change` by kind of cut; infinity for one that cannot reach the budget, or has no scores.
 
         Raises:
             ValueError: If there is no probe.
@@ -271,18 +275,17 @@ class DoublePruner(RoundPruner):
         if self.probe is None:
             raise ValueError("`split='auto'` needs `probe`, a function that gives outputs on validation images.")
         before = self.probe()
-        return {name: self._try(name, budget, before, self.probe) for name in self.stages}
+        allowed = CUTS if self.settings.order == "alternate" else CUTS[:2]
+        return {how: self._try(how, budget, before, self.probe) for how in allowed}
 
-    def _try(self, name: str, budget: float, before: Tensor, probe: Probe) -> float:
-        stage, network = self.stages[name], self.network
-        try:
-            plan = self._plans[name] = stage.plan(budget, self.cost)
-        except NoScoresError:
-            return math.inf
+    def _try(self, how: str, budget: float, before: Tensor, probe: Probe) -> float:
+        network = self.network
         state = {key: value.detach().clone() for key, value in network.state_dict().items()}
         shape, gradients = shape_of(network), {key: p.grad for key, p in network.named_parameters()}
         try:
-            change = output_change(before, probe()) if stage.apply(plan, []) else math.inf
+            change = output_change(before, probe()) if self._cut(how, budget, []) else math.inf
+        except NoScoresError:
+            change = math.inf
         finally:
             set_shape(network, shape)
             load_tensors(network, state)
