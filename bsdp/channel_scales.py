@@ -21,7 +21,7 @@ from bsdp.channel_graph import ChannelGroup
 from bsdp.importance import NoScoresError
 from bsdp.layers import BasisPair, set_data
 from bsdp.pruning import slice_optimizer_state
-from bsdp.scale_hooks import ChannelScales, scales_of
+from bsdp.scale_hooks import ChannelScales, reader_inputs, scales_of
 
 
 def scale_layout(network: nn.Module, groups: Mapping[str, ChannelGroup]) -> tuple[dict[str, list[int]], int]:
@@ -31,7 +31,7 @@ def scale_layout(network: nn.Module, groups: Mapping[str, ChannelGroup]) -> tupl
     for group in groups.values():
         for member in group.sides("in"):
             layer = network.get_submodule(member.layer)
-            index = readers.setdefault(member.layer, [0] * _inputs(layer))
+            index = readers.setdefault(member.layer, [0] * reader_inputs(layer))
             for unit, positions in enumerate(member.index.tolist()):
                 for position in positions:
                     index[position] = first + unit
@@ -162,7 +162,3 @@ class ScaleScores:
         scales = scales_of(self.network)
         assert scales is not None
         return scales.weight
-
-
-def _inputs(layer: nn.Module) -> int:
-    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))

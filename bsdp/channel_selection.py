@@ -18,6 +18,7 @@ from bsdp.channel_criteria import kept_by_cumsum
 from bsdp.channel_graph import ChannelGroup
 from bsdp.cost import LayerCost, Positions, layer_cost
 from bsdp.layers import BasisPair, weight_of
+from bsdp.scale_hooks import reader_inputs
 
 CHANNEL_KINDS = ("params", "macs", "channels")
 CHANNEL_RANKINGS = ("global", "per_cost", "local", "isomorphic", "priority")
@@ -212,7 +213,7 @@ def signature(group: ChannelGroup, cost: ChannelCost) -> tuple[object, ...]:
 
 def _layer(module: nn.Module, positions: Positions | None) -> _Layer:
     cost = layer_cost(module, positions=positions)
-    inputs = int(getattr(module, "in_features" if hasattr(module, "in_features") else "in_channels"))
+    inputs = reader_inputs(module)
     if isinstance(module, BasisPair):
         return _Layer(cost, inputs, cost.out_channels, module.rank)
     assert weight_of(module) is not None

@@ -72,6 +72,11 @@ class _Factor:
         return (arguments[0] * factors.view(-1, *(1,) * spatial_dims(reader)), *arguments[1:])
 
 
+def reader_inputs(layer: nn.Module) -> int:
+    """Input channels or features of a convolution or linear layer."""
+    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))
+
+
 def scales_of(network: nn.Module) -> ChannelScales | None:
     """The factors of a network, if it has some."""
     child = network._modules.get(CHILD)
@@ -148,6 +153,7 @@ def _fit(network: nn.Module | None, entry: object) -> bool:
     return all(
         isinstance(layers.get(name), SUPPORTED_TYPES)
         and isinstance(index, list)
+        and len(index) == reader_inputs(layers[name])
         and all(type(position) is int and 0 <= position <= units for position in index)
         for name, index in entry["readers"].items()
     )
