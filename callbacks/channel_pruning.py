@@ -231,12 +231,12 @@ class ChannelPruning(RoundPruning):
     def _input_shapes(self, trainer: Trainer, pl_module: LightningModule) -> list[list[int]]:
         example: Any = pl_module.example_input_array
         if example is None:
-            example = _example_of_data(trainer, pl_module)
+            example = _example_of_data(trainer)
         if example is None:
             raise ValueError(
                 f"`criterion: {self.settings.criterion}` adds factors to the network before training and needs the "
-                "shape of its input: set `example_input_array` in the LightningModule to one example, or use a "
-                "LightningDataModule."
+                "shape of its input, but there is no floating-point tensor in the first batch of the training data: "
+                "set `example_input_array` in the LightningModule to one example."
             )
         _, shapes = measure_module_cost(pl_module, only_network(pl_module), example, new_bias=False)
         return shapes
@@ -291,12 +291,12 @@ def _fixed_batch_norms(pl_module: LightningModule) -> list[torch.nn.Module]:
     return fixed_batch_norms(pl_module, trainable=[] if head is None else [head], batch_norm="frozen")
 
 
-def _example_of_data(trainer: Trainer, pl_module: LightningModule) -> torch.Tensor | None:
+def _example_of_data(trainer: Trainer) -> torch.Tensor | None:
     """The first image of the training data; nothing has been loaded yet."""
-    source = getattr(trainer, "datamodule", None) or pl_module
     with random_state_kept():
         try:
-            batch = first_tensor(next(iter(source.train_dataloader())))
+            # Given to `fit`, or a hook of the data module or the module; Lightning has not called it yet.
+            batch = first_tensor(next(iter(trainer.fit_loop._data_source.dataloader())))
         except Exception:  # Lightning's own default of a module without data raises, too
             return None
     return None if batch is None else batch[:1]
