@@ -186,7 +186,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(True)
     for module in plain.modules():
         if getattr(module, "padding_mode", "zeros") != "zeros":
-            module.padding_mode = "zeros"  # other paddings are slices, which the graph takes for channels
+            vars(module)["padding_mode"] = "zeros"  # other paddings are slices, which the graph takes for channels
     for module in memo.values():
         if isinstance(module, SUPPORTED_TYPES):
             for parameter in module.parameters():
