@@ -9,10 +9,14 @@ tasks. The paper's equations were not readable to us and we know of no public co
     theta <- theta - eta * (dL/dE at E = sigma_M(theta) + lambda * cost) * sigma_m'(theta)
 
 OURS: weights and gates take turns. The weights make `interval` steps under fixed gates, then theta makes one with the
-gradient averaged over these states of the weights, so that no single state decides. `eta` is divided by a running root
-mean square of dL/dE over all gates, one number for the whole model, so that one rate fits networks of any depth. The
-cost of a basis is its marginal deployed cost as a share of the original model. `lambda` is fixed, or rises while the
-open gates cost more than a budget and falls while they cost less (dual ascent). The strongest gate of a layer is open.
+gradient averaged over these states of the weights, so that no single state decides. `eta` is divided by the size of
+dL/dE (a running root mean square over all gates) plus that of lambda * cost, one number for the whole model, so that
+one rate fits every network and no step drives gates to where they no longer learn. The cost of a basis is its marginal
+deployed cost as a share of the original model. `lambda` is fixed, or follows by how much the open gates cost more than
+a budget, now and summed up so far. The strongest gate of a layer is always open. What a search has found is the mean
+of the gates over its last steps: near a minimum dL/dE of an open gate vanishes, so a useful one does not rest but falls
+shut and is thrown open again, and of a quadratic loss the share of time in which it is open is above 1/2 just where
+closing it would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from bsdp.importance import NoScoresError
 from bsdp.layers import BasisPair
 
 _MEMORY = 0.9  # of the running mean square of the gradient
-_DUAL_RATE = 0.1
+_WINDOW = 50  # steps of the gates over which they are averaged
+_TIE = 1e-3
+_EXCESS, _SUM_OF_EXCESS = 10.0, 0.1  # how lambda follows the budget; the first damps what the second would overshoot
 
 
 def hard_gate(theta: Tensor, temperature: float) -> Tensor:
@@ -106,7 +112,8 @@ class TwoTemperatureGates:
         hard: Temperature of the forward pass; infinity for binary gates.
         soft: Temperature of the gradient.
         penalty: lambda, in units of the loss for the whole original model; None to adapt it to `budget`.
-        budget: Share of the original cost that the open gates may have; needed without `penalty`.
+        budget: Share of the original cost that the open gates may have; needed without `penalty`. It may be changed
+            between steps.
         learning_rate: Step of theta for a gradient of average size.
         interval: Steps of the weights for one of the gates.
         start: Initial theta of all gates.
@@ -114,6 +121,7 @@ class TwoTemperatureGates:
 
     Attributes:
         theta: The numbers behind the gates, all layers one after another.
+        mean: The gates averaged over the last steps.
         penalty: lambda in the last step of the gates.
 
     Example:
@@ -165,6 +173,7 @@ class TwoTemperatureGates:
         self.theta = torch.full((sum(self._sizes),), float(start), device=like.device, dtype=dtype)
         self.costs = torch.cat([self._cost_of(name, like=self.theta) for name in self.pairs])
         self._gates = self._forward_gates().requires_grad_(True)
+        self.mean = self._gates.detach().clone()
         self._sum, self._finite = torch.zeros_like(self.theta), torch.zeros((), device=like.device)
         self._updates = self.steps = 0
         self._square = self._dual = 0.0
@@ -245,39 +254,51 @@ class TwoTemperatureGates:
         gradient = self._sum / self._finite
         square = float(gradient.square().mean())
         self._square = square if self._square == 0.0 else _MEMORY * self._square + (1.0 - _MEMORY) * square
-        size = math.sqrt(self._square)
-        if size == 0.0:
-            return
+        size, size_of_costs = math.sqrt(self._square), float(self.costs.square().mean().sqrt())
         if self.budget is not None:
-            excess = self.cost_share() - self.budget
-            self._dual = max(0.0, self._dual + _DUAL_RATE * excess)
-            self.penalty = self._dual * size / float(self.costs.square().mean().sqrt())
-        rate = self.learning_rate / size
+            excess = self.cost_share(now=True) - self.budget
+            self._dual = max(0.0, self._dual + _SUM_OF_EXCESS * excess)
+            self.penalty = max(0.0, self._dual + _EXCESS * excess) * size / size_of_costs
+        whole = size + self.penalty * size_of_costs
+        if whole == 0.0:
+            return
+        rate = self.learning_rate / whole
         self.theta = gate_step(
             self.theta, gradient, self.costs, penalty=self.penalty, soft=self.soft, learning_rate=rate
         )
         self._gates.data = self._forward_gates()
         self.steps += 1
+        self.mean = self.mean + (self._gates.detach() - self.mean) / min(self.steps, _WINDOW)
 
-    def ranks(self) -> dict[str, int]:
-        """The structure found so far: open gates per group and layer, the widest group counting; at least 1."""
+    def ranks(self, *, now: bool = False) -> dict[str, int]:
+        """The structure: gates per group and layer that are open on average, the widest group counting; at least 1.
+
+        Args:
+            now: Take the gates as they are at this step.
+        """
         found = {}
-        for name, theta in self.split(self.theta).items():
-            widest = (theta.view(self.pairs[name].groups, -1) > 0).sum(1).max()
+        for name, gates in self.split(self._gates.detach() if now else self.mean).items():
+            widest = (gates.view(self.pairs[name].groups, -1) > 0.5).sum(1).max()
             found[name] = max(1, int(widest))
         return found
 
-    def cost_share(self) -> float:
-        """Deployed cost of `ranks` as a share of the original cost."""
-        ranks = {name: pair.rank for name, pair in self.all_pairs.items()} | self.ranks()
+    def cost_share(self, *, now: bool = False) -> float:
+        """Deployed cost of `ranks` as a share of the original cost.
+
+        Args:
+            now: As there.
+        """
+        ranks = {name: pair.rank for name, pair in self.all_pairs.items()} | self.ranks(now=now)
         return self.model_cost.deployed(ranks, self.kind) / self.model_cost.original(self.kind)
 
     def open_share(self) -> float:
-        """Share of the gates that are open."""
-        return float((self.theta > 0).float().mean())
+        """Share of the gates that are open on average."""
+        return float((self.mean > 0.5).float().mean())
 
     def scores(self) -> dict[str, Tensor]:
-        """The soft gates, by which the bases of all pairs can be ranked; 1 where there are no gates.
+        """The mean gates, by which the bases of all pairs can be ranked; theta decides between equal ones.
+
+        Layers without gates get ones.
 
         Raises:
             NoScoresError: If the gates have never moved.
@@ -285,7 +306,7 @@ class TwoTemperatureGates:
         if self.steps == 0:
             raise NoScoresError("the gates have not moved: no step had a finite gradient.")
         whole = {name: torch.ones_like(pair.scaling.delta.detach()) for name, pair in self.all_pairs.items()}
-        return whole | self.split(hard_gate(self.theta, self.soft))
+        return whole | self.split(self.mean + _TIE * hard_gate(self.theta, self.soft))
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the gradients that wait by their mean over processes."""
@@ -294,7 +315,8 @@ class TwoTemperatureGates:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint."""
         numbers = {"updates": self._updates, "steps": self.steps, "square": self._square, "dual": self._dual}
-        return {"theta": self.theta, "sum": self._sum, "finite": self._finite, "penalty": self.penalty, **numbers}
+        tensors = {"theta": self.theta, "mean": self.mean, "sum": self._sum, "finite": self._finite}
+        return {**tensors, "penalty": self.penalty, **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; the pairs must have the ranks they had then."""
@@ -304,7 +326,7 @@ class TwoTemperatureGates:
                 "ranks."
             )
         self.theta, self._sum = state["theta"].to(self.theta), state["sum"].to(self.theta)
-        self._finite = state["finite"].to(self._finite)
+        self.mean, self._finite = state["mean"].to(self.theta), state["finite"].to(self._finite)
         self._updates, self.steps = int(state["updates"]), int(state["steps"])
         self._square, self._dual = float(state["square"]), float(state["dual"])
         if self.budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class TwoTemperatureSettings(PruningSettings):
         check_at_least("search_epochs", self.search_epochs, 0)
         if self.penalty is not None:
             check_at_least("penalty", self.penalty, 0.0)
+        if self.tolerance is not None and self.warmup_epochs == self.search_epochs:
+            raise ValueError(
+                "`warmup_epochs` must be at least 1 with a `tolerance`: the epochs before the search give the "
+                "reference. 0 goes only with `tolerance=None`."
+            )
         if not 0.0 < self.learning_rate < float("inf"):
             raise ValueError(f"`learning_rate` must be above 0 and finite, got {self.learning_rate!r}.")
         if not 0.0 < self.start < float("inf"):
@@ -141,8 +147,8 @@ class TwoTemperatureStage(BasisStage):
 class TwoTemperaturePruner(IterativePruner):
     """Searches a structure with gates while somebody trains the model, then cuts it in one go.
 
-    See `RoundPruner` for the calls that a training loop makes; in addition, every training step of an epoch for which
-    `searching` holds has to run under `gated`.
+    See `RoundPruner` for the calls that a training loop makes; in addition, training and validation of an epoch for
+    which `searching` holds have to run under `gated`, `observe` included.
 
     Args:
         model: The model whose state is kept and restored.
@@ -166,6 +172,7 @@ class TwoTemperaturePruner(IterativePruner):
         pattern: RankPattern | None = None,
     ) -> None:
         self.pattern = pattern
+        self._gated = False
         super().__init__(model, settings, cost, network=network, monitor=monitor)
 
     def new_stage(self, network: nn.Module, settings: PruningSettings) -> TwoTemperatureStage:
@@ -178,20 +185,41 @@ class TwoTemperaturePruner(IterativePruner):
         if self.pattern is None:
             super().check_target()
 
+    @property
+    def first_search_epoch(self) -> int:
+        """The first epoch with gates."""
+        return int(self.first_epoch + self.settings.warmup_epochs - self.settings.search_epochs)
+
     def searching(self, epoch: int) -> bool:
-        """Whether the training steps of an epoch belong to the search."""
-        first = self.first_epoch + self.settings.warmup_epochs - self.settings.search_epochs
-        return self.pattern is None and self.warming_up and not self.stopped and epoch >= first
+        """Whether an epoch belongs to the search."""
+        return self.pattern is None and self.warming_up and not self.stopped and epoch >= self.first_search_epoch
 
     @contextmanager
-    def gated(self, scale: float = 1.0) -> Iterator[None]:
-        """Run training steps inside the ``with`` block under the gates.
+    def gated(self, epoch: int, scale: float = 1.0) -> Iterator[None]:
+        """Run steps of training or validation inside the ``with`` block under the gates.
 
         Args:
+            epoch: The epoch that trains.
             scale: What the loss is multiplied with, under mixed precision.
         """
-        with self.stage.start(self.cost).applied(scale):
-            yield
+        gates = self.stage.start(self.cost)
+        if gates.budget is not None:
+            # Half of the search leads to the target, so that the network is never left with next to nothing at once.
+            progress = (epoch - self.first_search_epoch + 1) / self.settings.search_epochs
+            gates.budget = 1.0 - self.settings.target * min(1.0, 2.0 * progress)
+        self._gated = True
+        try:
+            with gates.applied(scale):
+                yield
+        finally:
+            self._gated = False
+
+    def observe(self, value: float) -> None:
+        """Take the monitored value of a validation; one under gates says nothing of the whole network."""
+        if not self._gated:
+            super().observe(value)
+        elif math.isfinite(value):
+            self._last_value = float(value)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; the model must have the structure of then."""

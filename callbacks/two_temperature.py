@@ -38,8 +38,9 @@ class TwoTemperaturePruning(RoundPruning):
     place of weights that are drawn anew, the penalty adapted to the target, and a cut that ranks by theta, so that the
     target is met also where the open gates alone would miss it. Do not quote results as those of the paper.
 
-    Gates act in training steps only: validation and checkpoints see the whole network. In distributed runs the gates'
-    gradient is averaged over the processes. A compiled model trains uncompiled during the search.
+    While searching, validation sees the gates, too, so that the monitored value is that of the structure under test; a
+    checkpoint from these epochs holds the whole network, without gates, and fits that value only once it is resumed. In
+    distributed runs the gates' gradient is averaged over the processes. A compiled model runs uncompiled in the search.
 
     Logged at every epoch is what `IterativeBasisPruning` logs, and while searching:
 
@@ -190,7 +191,19 @@ class TwoTemperaturePruning(RoundPruning):
         """As in `RoundPruning`; in the search, put the gates in for the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not trainer.fast_dev_run and self._searcher().searching(trainer.current_epoch):  # type: ignore[attr-defined]
-            self._watching.enter_context(self._searcher().gated(loss_scale(trainer)))
+            self._watching.enter_context(self._searcher().gated(trainer.current_epoch, loss_scale(trainer)))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In the search, put the gates in for the validation."""
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
+            return
+        if self._searcher().searching(trainer.current_epoch):
+            self._watching.enter_context(self._searcher().gated(trainer.current_epoch))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the monitored value, then take the gates out."""
+        super().on_validation_end(trainer, pl_module)
+        self._detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the gates, too."""
@@ -204,11 +217,14 @@ class TwoTemperaturePruning(RoundPruning):
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what the gates found."""
         gates = self._searcher().stage.gates
-        if gates is not None:
-            rank_zero_info(
-                f"bsdp: the search ends with {gates.open_share():.1%} of the gates open, which cost "
-                f"{gates.cost_share():.1%} of the original; the cut leaves {1 - self.settings.target:.1%} at most"
-            )
+        if gates is None:
+            return
+        left = 1.0 - self.settings.target
+        short = " (far from it: search for more epochs)" if gates.cost_share() > left + 0.1 else ""
+        rank_zero_info(
+            f"bsdp: the search ends with {gates.open_share():.1%} of the gates open, which cost "
+            f"{gates.cost_share():.1%} of the original; the cut leaves {left:.1%} at most{short}"
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the structure, then leave the smallest tolerated model."""
