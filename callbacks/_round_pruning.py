@@ -91,6 +91,11 @@ class RoundPruning(Callback):
         """The largest target, in words."""
         return None
 
+    def schedule(self, trainer: Trainer, *, rounds: int | None, first_epoch: int) -> RoundSettings:
+        """Fit the rounds into the epochs."""
+        check_validation(trainer, self.settings, self.monitor, needed_by=self)
+        return scheduled_settings(trainer, self.settings, rounds=rounds, first_epoch=first_epoch)
+
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -164,8 +169,7 @@ class RoundPruning(Callback):
         elif rounds is None:  # epochs that are added to a run train its final structure
             rounds = self._loaded["rounds"]
         self._loaded = None
-        check_validation(trainer, self.settings, self.monitor, needed_by=self)
-        pruner.settings = scheduled_settings(trainer, self.settings, rounds=rounds, first_epoch=pruner.first_epoch)
+        pruner.settings = self.schedule(trainer, rounds=rounds, first_epoch=pruner.first_epoch)
         trainer.should_stop = trainer.should_stop or pruner.stopped
         self.check_optimizers(trainer)
 
