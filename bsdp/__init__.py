@@ -11,6 +11,7 @@ from bsdp.channel_importance import ChannelScores
 from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
 from bsdp.channel_selection import ChannelCost, ChannelPlan, select_channels
 from bsdp.channel_surgery import remove_channels
+from bsdp.compensated_pruner import CompensatedResult, compensated_prune
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.delta_files import AppliedDelta, load_delta, save_delta
@@ -32,6 +33,7 @@ from bsdp.schedules import kept_share
 from bsdp.selection import PruningPlan, select
 from bsdp.speed import Speed, SpeedComparison, compare_speed
 from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_latency
+from bsdp.structural_search import SearchResult, binary_search_with_step_constraint
 from bsdp.structure import load_checkpoint, rebuild, structure_of
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ChannelPruner",
     "ChannelPruningSettings",
     "ChannelScores",
+    "CompensatedResult",
     "Decomposition",
     "DoublePruner",
     "DoublePruningSettings",
@@ -60,15 +63,18 @@ __all__ = [
     "PruningSettings",
     "RoundRecord",
     "ScoreAccumulator",
+    "SearchResult",
     "SparseDelta",
     "Speed",
     "SpeedComparison",
     "UntraceableError",
     "adopt_parameters",
     "attach_deltas",
+    "binary_search_with_step_constraint",
     "channel_groups",
     "collect_output_moments",
     "compare_speed",
+    "compensated_prune",
     "decompose",
     "describe",
     "detach_deltas",

@@ -2,6 +2,7 @@
 
 from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.callbacks.channel_pruning import ChannelPruning
+from bsdp.callbacks.compensated_pruning import CompensatedPruning
 from bsdp.callbacks.diff_pruning import DiffPruning
 from bsdp.callbacks.double_pruning import DoublePruning
 from bsdp.callbacks.iterative_basis_pruning import IterativeBasisPruning
@@ -13,6 +14,7 @@ from bsdp.callbacks.wandb_curves import WandbPruningCurves
 __all__ = [
     "BasisDecomposition",
     "ChannelPruning",
+    "CompensatedPruning",
     "DiffPruning",
     "DoublePruning",
     "IterativeBasisPruning",

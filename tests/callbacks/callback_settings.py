@@ -11,7 +11,10 @@ from tests.helpers.pruning_runs import Stripes, StripesWithSource
 # What a callback needs beside it in the trainer, arguments for a quick run, and data if the plain ones will not do.
 SETTINGS: dict[str, dict[str, Any]] = {
     "BasisDecomposition": {},
+    "CompensatedPruning": {"arguments": {"tolerance": 0.5}},
+    "ChannelPruning": {"arguments": {"target": 0.5, "tolerance": None, "criterion": "channel_scaling", "l1": 0.01}},
     "DiffPruning": {"arguments": {"gate_epochs": 1, "density": 0.1}},
+    "DoublePruning": {"arguments": {"target": 0.4, "tolerance": None}, "beside": [BasisDecomposition]},
     "IterativeBasisPruning": {"arguments": {"target": 0.5, "tolerance": None}, "beside": [BasisDecomposition]},
     "PruningReport": {
         "arguments": {"latency_repeats": 1},
