@@ -1,8 +1,9 @@
-"""What the callbacks cost: an epoch with `IterativeBasisPruning` against the same epoch without it.
+"""What the callbacks cost: an epoch with a pruning callback against the same epoch without it.
 
-    python benchmarks/speed.py [--backbone bsdp:resnet20] [--image-size 32] [--images 1024] [--repeats 5]
+    python benchmarks/speed.py [--method basis] [--backbone bsdp:resnet20] [--image-size 32] [--repeats 5]
 
-Both trainers train the same decomposed, frozen network on random images, in turn, so that both see the same machine.
+Both trainers train the same network on random images, in turn, so that both see the same machine: decomposed and frozen
+for `basis`, `channel` and `double`, plain with all weights for the criteria of `ChannelPruning`.
 Times are processor times of this process, which other load on the machine disturbs less than wall times. No cut is
 made.
 """
@@ -17,8 +18,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
 from bsdp.task import TransferTask
+
+FRAME = {"basis": IterativeBasisPruning, "channel": ChannelPruning, "double": DoublePruning}
+CRITERIA = ("taylor_2019", "taylor_2016", "activation_cumsum", "l1")
 
 
 class Clock(Callback):
@@ -37,6 +41,7 @@ class Clock(Callback):
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=[*FRAME, *CRITERIA], default="basis")
     parser.add_argument("--backbone", default="bsdp:resnet20")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=1024)
@@ -52,10 +57,11 @@ def main() -> None:
         for name, times in seconds.items():
             clock = Clock()
             # Two epochs of warm-up and rounds that never come: scores and statistics are gathered, nothing is cut.
-            pruning = [IterativeBasisPruning(target=0.1, warmup_epochs=2, rounds=1, tolerance=None, save_pruned=False)]
+            pruning = [_pruning(options.method)] if name == "with" else []
+            frame = [BasisDecomposition()] if options.method in FRAME else []
             trainer = Trainer(
                 max_epochs=3,
-                callbacks=[clock, StopAfter(2), BasisDecomposition(), *(pruning if name == "with" else [])],
+                callbacks=[clock, StopAfter(2), *frame, *pruning],
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -66,7 +72,14 @@ def main() -> None:
     ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     for name, times in seconds.items():
         print(f"{name:>8}: median {statistics.median(times):.2f} s, {min(times):.2f} to {max(times):.2f}")
-    print(f"   ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    print(f"{options.method}: ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def _pruning(method: str) -> Callback:
+    settings: dict[str, Any] = {"target": 0.1, "warmup_epochs": 2, "rounds": 1, "tolerance": None, "save_pruned": False}
+    if method == "double":
+        settings["split"] = 0.5  # the loop has no validation
+    return FRAME[method](**settings) if method in FRAME else ChannelPruning(criterion=method, **settings)
 
 
 class StopAfter(Callback):
