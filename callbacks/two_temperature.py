@@ -39,8 +39,9 @@ class TwoTemperaturePruning(RoundPruning):
     target is met also where the open gates alone would miss it. Do not quote results as those of the paper.
 
     While searching, validation sees the gates, too, so that the monitored value is that of the structure under test; a
-    checkpoint from these epochs holds the whole network, without gates, and fits that value only once it is resumed. In
-    distributed runs the gates' gradient is averaged over the processes. A compiled model runs uncompiled in the search.
+    checkpoint from these epochs holds the whole network, without gates, and fits that value only once it is resumed. The
+    value fluctuates where batch norms train, for their statistics lag behind the gates. In distributed runs the gates'
+    gradient is averaged over the processes. A compiled model runs uncompiled in the search.
 
     Logged at every epoch is what `IterativeBasisPruning` logs, and while searching:
 
