@@ -38,9 +38,9 @@ class TwoTemperaturePruning(RoundPruning):
     place of weights that are drawn anew, the penalty adapted to the target, and a cut that ranks by theta, so that the
     target is met also where the open gates alone would miss it. Do not quote results as those of the paper.
 
-    While searching, validation sees the gates, too, so that the monitored value is that of the structure under test; a
-    checkpoint from these epochs holds the whole network, without gates, and fits that value only once it is resumed. The
-    value fluctuates where batch norms train, for their statistics lag behind the gates. In distributed runs the gates'
+    While searching, validation sees the gates, too, so that the monitored value is that of the structure under test; it
+    fluctuates where batch norms train, for their statistics lag behind the gates. A checkpoint from these epochs holds
+    the whole network, without gates, and fits that value only once it is resumed. In distributed runs the gates'
     gradient is averaged over the processes. A compiled model runs uncompiled in the search.
 
     Logged at every epoch is what `IterativeBasisPruning` logs, and while searching:
