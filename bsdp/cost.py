@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -47,6 +47,7 @@ class LayerCost:
         output_positions: Positions of the 1x1 layer; None: the same.
         expansion: Output positions per position of the weights, as the stride of a transposed convolution says.
         whole: Whether the layer must stay one layer, because other code reads its weight or knows its arguments.
+        added_bias: Whether mean-to-bias has given it a bias that the original lacks.
     """
 
     fan_in: int
@@ -58,6 +59,7 @@ class LayerCost:
     output_positions: int | None = None
     expansion: int = 1
     whole: bool = False
+    added_bias: bool = field(default=False, compare=False)
 
     @property
     def cuttable(self) -> bool:
@@ -119,7 +121,7 @@ class LayerCost:
         pair = self.kind(rank) == "pair"
         if kind == "macs":
             return rank * self.slope(kind) if pair else self.fused * self._measured()
-        has_bias = self.bias or (new_bias and rank < self.full_rank)
+        has_bias = self.bias or self.added_bias or (new_bias and rank < self.full_rank)
         return (rank * self.per_rank if pair else self.fused) + (self.out_channels if has_bias else 0)
 
     def _measured(self) -> int:
@@ -129,7 +131,7 @@ class LayerCost:
 
     def original(self, *, kind: str = "params") -> int:
         """Cost of the original layer (for ``"bases"``: all bases at full rank)."""
-        return self.deployed(self.full_rank, kind=kind)
+        return replace(self, added_bias=False).deployed(self.full_rank, kind=kind)
 
 
 def layer_cost(layer: nn.Module, *, positions: Positions | None = None) -> LayerCost:
@@ -142,14 +144,17 @@ def layer_cost(layer: nn.Module, *, positions: Positions | None = None) -> Layer
     groups, outputs = layer_groups(layer), layer_outputs(layer)
     if isinstance(layer, BasisPair):
         fan_in, bias, whole = layer.fan_in, layer.had_bias, layer.whole
+        added = not bias and not layer.scaling.bias.is_meta and layer.needs_bias
     else:
         fan_in, bias, whole = weight_of(layer).numel() // outputs, layer.bias is not None, False
+        added = False
     return LayerCost(
         fan_in=fan_in,
         out_channels=outputs,
         groups=groups,
         full_rank=min(fan_in, outputs // groups),
         bias=bias,
+        added_bias=added,
         positions=None if positions is None else positions.weights,
         output_positions=None if positions is None else positions.outputs,
         expansion=math.prod(layer.stride) if is_transposed(layer) else 1,  # type: ignore[arg-type]

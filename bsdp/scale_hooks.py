@@ -56,6 +56,10 @@ class ChannelScales(nn.Module):
         """Factors of a reader's input channels, ``[in_channels]``."""
         return torch.cat([self.weight.new_ones(1), self.weight])[index.to(self.weight.device)]
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Hand on the input: in an `nn.Sequential`, which calls all of its children, this is the last one."""
+        return inputs
+
     def extra_repr(self) -> str:
         """Show the sizes in ``print(model)``."""
         return f"units={len(self.weight)}, readers={len(self.readers)}"

@@ -20,10 +20,10 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
-OURS: list[Any] = [BasisDecomposition, IterativeBasisPruning]
+OURS: list[Any] = [BasisDecomposition, IterativeBasisPruning, ChannelPruning, DoublePruning]
 
 CALLBACKS: dict[str, tuple[Any, str]] = {
     "SWA": (lambda: StochasticWeightAveraging(swa_lrs=0.1), "weight averaging keeps a copy .* second run"),
