@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from bsdp.channel_graph import ChannelGroup
 from bsdp.compensation import RIDGE, Reader, Selection, compensate, reconstruction_loss, select_inputs
 from bsdp.input_moments import InputMoments, Moments
-from bsdp.layers import BasisPair, is_transposed, layer_groups, weight_of
+from bsdp.layers import BasisPair, is_transposed, layer_groups, spatial_dims, weight_of
 from bsdp.probing import as_inputs, probe
 
 MAX_COLUMNS = 8192  # inputs of a layer whose moments are taken: half a gigabyte
@@ -90,7 +92,39 @@ def norms_after(network: nn.Module, example: tuple[Any, ...], layers: Mapping[st
     with probe(network, [*layers.values(), *norms], observe):
         network(*example)
     calls = [norm for taken in found.values() for norm in taken]
-    return {name: taken[0] for name, taken in found.items() if len(taken) == 1 and calls.count(taken[0]) == 1}
+    single = {name: taken[0] for name, taken in found.items() if len(taken) == 1 and calls.count(taken[0]) == 1}
+    if _absorb(network, example, layers, single):
+        return single
+    return {name: norm for name, norm in single.items() if _absorb(network, example, layers, {name: norm})}
+
+
+def _absorb(
+    network: nn.Module, example: tuple[Any, ...], layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]
+) -> bool:
+    """Whether nothing changes when layers put out more and the running means are as much higher: nobody else reads."""
+    means = {name: norm.running_mean for name, norm in norms.items()}
+    handles = []
+    with probe(network, (), lambda *_: None):
+        expected = network(*example)
+        try:
+            for name, norm in norms.items():
+                shift = torch.linspace(0.5, 1.5, len(means[name])).to(means[name])  # type: ignore[arg-type]
+                norm.running_mean = means[name] + shift  # type: ignore[operator]
+                handles.append(layers[name].register_forward_hook(partial(_add, shift)))
+            outputs = network(*example)
+        except RuntimeError:  # sizes that do not fit: the channels are not those of the layer
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, norm in norms.items():
+                norm.running_mean = means[name]
+    leaves = zip(tree_leaves(expected), tree_leaves(outputs), strict=True)
+    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in leaves if isinstance(one, Tensor))
+
+
+def _add(shift: Tensor, layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output + shift.view(-1, *[1] * spatial_dims(layer))
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,12 @@ class InputMoments:
         layer = self.layers[name]
         inputs = _batched(layer, inputs.detach())
         inputs = inputs[inputs.flatten(1).isfinite().all(1)]
+        if not len(inputs):
+            return
         width = weight_of(layer)[0].numel()
         zeros = inputs.new_zeros(width, dtype=torch.float64)
         total, second, count = self._sums.get(name, (zeros, torch.outer(zeros, zeros), 0))
-        step = 1
-        if len(inputs):
-            step = max(1, _CHUNK // max(1, patches(layer, inputs[:1], max_positions=self.max_positions).numel()))
+        step = max(1, _CHUNK // max(1, patches(layer, inputs[:1], max_positions=self.max_positions).numel()))
         for chunk in torch.split(inputs, step):
             rows = patches(layer, chunk, max_positions=self.max_positions).double()
             total, count = total + rows.sum(0), count + len(rows)
