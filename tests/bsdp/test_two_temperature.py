@@ -143,9 +143,9 @@ def test_the_model_is_left_as_found() -> None:
 
 
 def test_a_higher_penalty_leaves_fewer_gates_open() -> None:
-    found = [search(decomposed(), penalty=p, interval=1, steps=150).ranks() for p in (0.0, 0.02, 0.05, 1.0)]
+    found = [search(decomposed(), penalty=p, interval=1, steps=150).ranks() for p in (0.0, 0.02, 1.0)]
     open_gates = [sum(ranks.values()) for ranks in found]
-    assert open_gates == sorted(open_gates, reverse=True) and len(set(open_gates)) == 4
+    assert open_gates == sorted(open_gates, reverse=True) and len(set(open_gates)) == 3
     assert found[0] == {"0": 8, "2": 6} and found[-1] == {"0": 1, "2": 1}
 
 
@@ -157,7 +157,7 @@ def test_the_strongest_gate_of_a_layer_stays_open() -> None:
 
 
 def test_the_penalty_adapts_to_a_budget() -> None:
-    gates = search(decomposed(), penalty=None, budget=0.6, interval=1, steps=400)
+    gates = search(decomposed(), penalty=None, budget=0.6, interval=1, steps=250)
     assert gates.penalty > 0.0
     assert 0.4 < gates.cost_share() <= 0.65
 
