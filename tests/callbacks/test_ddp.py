@@ -148,3 +148,22 @@ def test_our_logged_values_need_no_advice(results: Results) -> None:
     advice = [text for pair in results.values() for result in pair for text in result["warnings"]]
     assert any("sync_dist" in text and "val_accuracy" in text for text in advice)  # the module's own, on purpose
     assert not [text for text in advice if "bsdp/" in text]
+
+
+@pytest.mark.parametrize("name", ["channel", "factors", "double"])
+def test_channels_shrink_in_both(results: Results, name: str) -> None:
+    for result in results[name]:
+        sizes = [entry["params"] for entry in result["rounds"]]
+        assert len(sizes) == 3 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+        assert sum(result["rounds"][-1]["channels"].values()) < sum(result["rounds"][0]["channels"].values())
+
+
+def test_channel_scores_are_those_of_both_processes(results: Results) -> None:
+    first, second = results["channel"]
+    assert torch.equal(first["sums"][0], second["sums"][0]) and first["sums"][0].any()
+
+
+def test_one_decision_on_the_split_from_the_images_of_both(results: Results) -> None:
+    first, second = results["double"]
+    assert first["own"] != second["own"]
+    assert first["tried"][-1] and first["tried"] == second["tried"]

@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning, PruningReport
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, PruningReport
+from tests.helpers.channel_runs import ResidualClassifier
 from tests.helpers.outcomes import loss_of
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer
 
@@ -179,6 +180,37 @@ def plain(folder: Path) -> dict[str, Any]:
     return {**result, "resumed": resumed, "summary": report.summary}
 
 
+def channels(folder: Path, *, double: bool, **options: Any) -> dict[str, Any]:
+    """Channels are cut, and the processes see other images of training and validation."""
+    callbacks: list[Any] = [BasisDecomposition(batch_norm="all")] if double else []
+    pruning: Any = DoublePruning if double else ChannelPruning
+    callback = pruning(target=0.5, rounds=2, tolerance=None, **options.pop("pruning", {}))
+    trainer = make_trainer(folder, [callback, *callbacks], strategy="ddp", devices=2, max_epochs=3, **options)
+    module, sums, tried = ResidualClassifier(), [], []
+
+    class Note(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            scores = callback.pruner.stages["channel"].scores.state_dict()["sum"]
+            sums.append(None if scores is None else scores.clone())
+            tried.append(dict(getattr(callback.pruner, "changes", {})))
+
+    trainer.callbacks.append(Note())  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=Stripes(batch_size=16))
+    return {
+        "ranks": callback.pruner.ranks,
+        "rounds": callback.record.state_dict()["rounds"],
+        "chosen": callback.record.chosen,
+        "stopped": callback.pruner.stopped,
+        "state": {key: value.clone() for key, value in module.state_dict().items()},
+        "files": [str(callback.checkpoint_path), str(callback.weights_path)],
+        "warnings": [],
+        "world_size": trainer.world_size,
+        "sums": sums,
+        "tried": tried,
+        "own": None if not double else float(callback.pruner.probe().sum()),
+    }
+
+
 SCENARIOS: dict[str, Any] = {
     "plain": plain,
     "unused": lambda folder: fit(folder, Module(unused=True), strategy="ddp_find_unused_parameters_true"),
@@ -203,6 +235,9 @@ SCENARIOS: dict[str, Any] = {
         Module(steered=[[0.9, 0.95, 0.9, 0.9], [0.9, 0.5, 0.9, 0.9]]),
         pruning={"tolerance": 0.1, "rounds": 3},
     ),
+    "channel": lambda folder: channels(folder, double=False, pruning={"criterion": "activation_cumsum", "theta": 0.4}),
+    "factors": lambda folder: channels(folder, double=False, pruning={"criterion": "transtailor"}),
+    "double": lambda folder: channels(folder, double=True),
 }
 
 

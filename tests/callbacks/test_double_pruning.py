@@ -1,0 +1,116 @@
+"""`DoublePruning` in real, tiny runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bsdp
+from bsdp import cli
+from bsdp.artifacts import load_artifact
+from bsdp.callbacks import ChannelPruning, DoublePruning, PruningReport
+from bsdp.task import TransferTask
+from tests.callbacks.test_precision import CpuScaler
+from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit
+from tests.helpers.pruning_runs import Stripes, make_trainer
+
+
+@pytest.mark.parametrize("split", ["auto", 0.5])
+@pytest.mark.parametrize("order", ["basis_then_channel", "channel_then_basis", "alternate"])
+def test_orders_and_splits(order: str, split: Any, tmp_path: Path) -> None:
+    module, report = ResidualClassifier(), PruningReport(latency_repeats=0, plot=False)
+    pruning = {"order": order, "split": split, "target": 0.6, "schedule": "constant"}
+    _, callback, watch = fit(
+        module, tmp_path, report, double=True, pruning=pruning, decomposition={"batch_norm": "affine"}
+    )
+    check(module, callback, watch)
+    images = torch.randn(3, 1, 8, 8)
+    written = bsdp.load(ResidualNet, callback.weights_path)
+    torch.testing.assert_close(written(images), module.eval()(images), rtol=1e-4, atol=1e-5)
+    assert report.summary is not None
+    layers = {row["name"]: row for row in report.summary["layers"]}
+    for name, pair in bsdp.named_pairs(module.network).items():
+        assert (layers[name]["rank"], layers[name]["channels"]) == (pair.rank, pair.out_channels)
+        assert layers[name]["kind"] in ("pair", "fused")
+    stages = [entry["stage"] for entry in report.summary["rounds"]]
+    assert stages[0] == "" and set(stages[1:]) <= {"basis", "channel", "basis and channel"}
+    if split != "auto" and order == "channel_then_basis":
+        assert stages[1] == "channel"
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"plugins": [CpuScaler()]}])
+def test_mixed_precision_and_accumulation(options: dict[str, Any], tmp_path: Path) -> None:
+    module = ResidualClassifier(optimizer="adamw", schedule="onecycle")
+    _, callback, watch = fit(
+        module, tmp_path, double=True, decomposition={"batch_norm": "all"}, accumulate_grad_batches=2, **options
+    )
+    check(module, callback, watch)
+
+
+def test_the_probe_is_the_validation_images(tmp_path: Path) -> None:
+    module = ResidualClassifier()
+    _, callback, _ = fit(module, tmp_path, double=True, pruning={"probe_batches": 1})
+    data = Stripes()
+    data.setup("fit")
+    torch.testing.assert_close(callback.pruner.probe(), module.eval()(data.examples.tensors[0][:48]))
+
+
+class Untrainable(ResidualClassifier):
+    """Says so when a step is made after all."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("a step was made")
+
+
+def test_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = Untrainable()
+    with pytest.raises(ValueError, match=r"`target=0.99` is out of reach"):
+        fit(module, tmp_path, double=True, pruning={"target": 0.99, "min_channels": 8})
+    with pytest.raises(ValueError, match=r"`split=0.0` of `target=0.8` cannot be met"):
+        fit(Untrainable(), tmp_path, double=True, pruning={"target": 0.8, "split": 0.0, "min_channels": 8})
+    with pytest.raises(ValueError, match="`split: auto` compares cuts on validation images, and there is no"):
+        fit(Untrainable(), tmp_path, double=True, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"found no decomposed layer: add `bsdp.callbacks.BasisDecomposition\(\)`"):
+        make_trainer(tmp_path, [DoublePruning(tolerance=None)]).fit(Untrainable(), datamodule=Stripes())
+    fit(ResidualClassifier(), tmp_path, double=True, pruning={"split": 0.5}, limit_val_batches=0)
+
+
+class Task(TransferTask):
+    """Reads the images of `Stripes` as if they had colours."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["channel", "double"])
+def test_report_and_commands_on_a_run_folder(double: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task, report = Task("bsdp:resnet20", num_classes=4, weights="none"), PruningReport(latency_repeats=1)
+    pruning: dict[str, Any] = {"criterion": "l1", "target": 0.6, "rounds": 1}
+    if double:
+        pruning |= {"importance": "magnitude", "order": "alternate", "split": 0.0}
+    _, callback, _ = fit(task, tmp_path, report, double=double, pruning=pruning, max_epochs=2, limit_train_batches=1)
+    assert isinstance(callback, DoublePruning if double else ChannelPruning)
+    run = callback.checkpoint_path.parent
+    summary = json.loads((run / "summary.json").read_text())
+    assert (run / "pruning_curves.png").stat().st_size > 1000
+    assert summary["channels_pruned"] < summary["channels_original"] and summary["latency_ms_pruned"] > 0
+    assert any(row["channels"] < row["channels_original"] for row in summary["layers"])
+
+    artifact = load_artifact(run)
+    assert sum(p.numel() for p in artifact.folded.parameters()) == summary["params_pruned"]
+    images = torch.randn(2, 1, 8, 8)
+    expected = task.eval()(images)
+    torch.testing.assert_close(artifact.folded(images.expand(-1, 3, -1, -1)), expected, rtol=1e-3, atol=1e-4)
+    for words in (
+        ["describe", run],
+        ["benchmark", "--ckpt", run, "--repeats", "1"],
+        ["export", "--ckpt", run, "--format", "onnx", "--check"],
+    ):
+        assert cli.main([str(word) for word in words]) == 0, capsys.readouterr().err
+    assert (run / "model.onnx").is_file()
+    assert f"{summary['params_pruned']:,}" in capsys.readouterr().out
