@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks._methods import ROOT
 
 Row = dict[str, Any]
+_QUANTITIES = (("params", "params"), ("macs", "macs"), ("latency", "latency_ms"))
 Tick = Callable[[str], None]
 
 
@@ -57,15 +58,22 @@ def execute(run: Run, *, tick: Tick = lambda _line: None, handles: Sequence[int]
     row: Row = {"task": run.task, "method": run.method, "seed": run.seed, "epochs": 0}
     values: Row = dict.fromkeys(("accuracy_reference", "accuracy", "params_ratio", "macs_ratio", "latency_ratio"))
     before: list[str] = []
+    folders: list[Path] = []
     try:
         for config in run.configs:
             words = ["fit", "--config", shown(config), "--seed_everything", str(run.seed), "--name", run.name, *before]
             commands.append(f"python train.py {' '.join(words)}")
             folder = run_folder(call(words, run.log, tick=tick, handles=handles))
             row["epochs"] += epochs_of(folder)
-            before = ["--model.weights", shown(folder / "checkpoints" / "last.ckpt"), "--model.head", "pretrained"]
+            folders.append(folder)
+            pruned, last = folder / "pruned.safetensors", folder / "checkpoints" / "last.ckpt"
+            before = ["--model.weights", shown(pruned if pruned.is_file() else last), "--model.head", "pretrained"]
         minutes = time.monotonic() - start
-        values |= pruned_values(folder) if run.prunes else unpruned_values(folder, run, tick=tick, handles=handles)
+        values |= (
+            pruned_values(folder, earlier=folders[:-1])
+            if run.prunes
+            else unpruned_values(folder, run, tick=tick, handles=handles)
+        )
         values["folder"] = shown(folder)
     except RunFailed as error:
         minutes = time.monotonic() - start
@@ -80,25 +88,37 @@ def execute(run: Run, *, tick: Tick = lambda _line: None, handles: Sequence[int]
     }
 
 
-def pruned_values(folder: Path) -> Row:
-    """Values of a pruned run, from the summary that `PruningReport` wrote after the fit."""
+def pruned_values(folder: Path, *, earlier: Sequence[Path] = ()) -> Row:
+    """Values of a pruned run, from the summary that `PruningReport` wrote after the fit.
+
+    Args:
+        folder: The run's folder.
+        earlier: Folders of the stages before it; what they removed counts, too.
+    """
     path = folder / "summary.json"
     if not path.is_file():
         raise RunFailed("the fit wrote no summary.json: nothing was pruned")
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("accuracy_pruned") is None:
         raise RunFailed(f"summary.json has no accuracy: {'; '.join(summary.get('notes', [])) or 'no reason given'}")
-    ratios = {
-        f"{row}_ratio": ratio(summary, key)
-        for row, key in (("params", "params"), ("macs", "macs"), ("latency", "latency_ms"))
-    }
+    ratios = {f"{row}_ratio": ratio(summary, key) for row, key in _QUANTITIES}
     sizes = {key: summary.get(key) for key in ("params_original", "macs_original")}
+    for before in reversed(earlier):
+        if (before / "summary.json").is_file():
+            first = json.loads((before / "summary.json").read_text(encoding="utf-8"))
+            shares = {f"{row}_ratio": ratio(first, key) for row, key in _QUANTITIES}
+            ratios = {key: _product(value, shares[key]) for key, value in ratios.items()}
+            sizes = {key: first.get(key) for key in sizes}
     return {
         "accuracy_reference": summary.get("accuracy_reference"),
         "accuracy": summary["accuracy_pruned"],
         **ratios,
         **sizes,
     }
+
+
+def _product(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one * other
 
 
 def ratio(summary: Row, key: str) -> float | None:

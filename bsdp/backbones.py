@@ -27,6 +27,7 @@ from bsdp.weight_files import (
     read_weight_file,
     weight_files_are_read,
 )
+from bsdp.widths import set_widths
 
 HeadKind = Literal["original", "pool_linear", "pretrained"]
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")
@@ -148,7 +149,14 @@ def _open(spec: str, weights: str | None) -> WeightFile | None:
 
 
 def _load(backbone: Backbone, file: WeightFile, *, keep_head: bool) -> Backbone:
-    """Load a file, whose number of classes may be any; without a head in it the head stays random."""
+    """Load a file, whose number of classes may be any; without a head in it the head stays random.
+
+    The network gets the widths of a file whose channels were pruned.
+    """
+    try:
+        set_widths(backbone.network, file.metadata.get("widths", {}))
+    except ValueError as error:
+        raise ValueError(f"`weights`: {file.path} does not fit the backbone {backbone.spec!r}: {error}") from error
     key = f"{backbone.head}.weight"
     weight, own = file.state.get(key), backbone.network.state_dict().get(key)
     # Only what fits but for the number of classes: a file may claim any number of rows with nothing in them.

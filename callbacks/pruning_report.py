@@ -117,6 +117,8 @@ class PruningReport(Callback):
         else:
             notes.append(f"the models were not tested: {reason}")
         state = record.reference_state
+        if record.reference_shape.get("widths"):
+            notes.append("the network had lost channels before this run: shares are of what it had then")
         if state is None:
             notes.append(
                 "the unpruned model was not measured: its weights were not kept, as there was no validation before the "

@@ -365,3 +365,17 @@ def test_bundled_weights_classify_cifar10() -> None:
 )
 def test_public_weight_files_load(spec: str, file: str) -> None:
     assert build_backbone(spec, weights=file).num_classes in (10, 1000)
+
+
+def test_weights_of_a_network_with_fewer_channels_give_the_backbone_its_widths(tmp_path: Path) -> None:
+    network = build_backbone("bsdp:resnet20", num_classes=3).network.eval()
+    images = torch.randn(2, 3, 32, 32)
+    groups = bsdp.channel_groups(network, images[:1])
+    half = {name: torch.arange(group.size // 2) for name, group in groups.items()}
+    bsdp.remove_channels(network, bsdp.plan_removal(network, images[:1], groups, half))
+    path = bsdp.save(network, tmp_path / "pruned.safetensors")
+    again = build_backbone("bsdp:resnet20", num_classes=3, weights=str(path), head="pretrained").network.eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), network(images))
+    with pytest.raises(ValueError, match="does not fit the backbone"):
+        build_backbone("bsdp:resnet56", num_classes=3, weights=str(path))
