@@ -26,11 +26,12 @@ class Watch(Callback):
         self.starts: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.losses.append(loss_of(pl_module))  # not in a batch, where pruning callbacks watch every forward pass
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.starts.append({n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad})
-        if not self.losses:
-            self.losses.append(loss_of(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.losses.append(loss_of(pl_module))
