@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from bsdp.rounds import RoundPruner, RoundSettings
 from bsdp.structure import structure_of
 
 
-class RoundPruning(Callback):
+class RoundPruning(Callback, ABC):
     """Base of the callbacks that prune in rounds; not for use on its own.
 
     Args:
@@ -65,6 +66,7 @@ class RoundPruning(Callback):
 
     # --- what the callbacks add ---------------------------------------------------------------------------------
 
+    @abstractmethod
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
     ) -> RoundPruner:
@@ -76,7 +78,6 @@ class RoundPruning(Callback):
             network: Dotted name of the network.
             shapes: Shapes of the network's inputs for one example; empty while they are not known.
         """
-        raise NotImplementedError
 
     def check_module(self, pl_module: LightningModule) -> None:
         """Refuse a module that this callback cannot prune."""
