@@ -35,7 +35,8 @@ def binary_search_with_step_constraint(
 
     CODE (ZhouyangXie/pseudopruner): the tolerance is divided equally over the layers; in the order of the network,
     layer i of n may bring the value down to ``reference - tolerance * i / n``, with everything before it already
-    removed; a binary search finds the highest sparsity that stays there. What a layer leaves of its share is the next one's.
+    removed; a binary search finds the highest sparsity that stays there. What a layer leaves of its share is the next
+    one's.
     OURS: sparsities are whole numbers of units, and the highest one is tried first. Nothing here knows what a unit is:
     with ``{layer: full_rank - 1}`` it allocates ranks without any training.
 
