@@ -214,16 +214,20 @@ class DoublePruner(RoundPruner):
         Where bases alone cannot reach the budget, channels go on.
         """
         optimizers = list(optimizers)
-        self._cut_by = self._choose(budget)
-        return self._cut(self._cut_by, budget, optimizers)
+        if self.settings.split == "auto":
+            how, goal, middle = self._choose(budget), budget, None
+        else:
+            how, goal, middle = self._by_share(float(self.settings.split), budget)
+        self._cut_by = how
+        return self._cut(how, goal, optimizers, middle) and goal <= budget
 
-    def _cut(self, how: str, budget: float, optimizers: list[Optimizer]) -> bool:
-        """Make one of the cuts of `CUTS`; return whether the budget is met."""
+    def _cut(self, how: str, budget: float, optimizers: list[Optimizer], middle: float | None = None) -> bool:
+        """Make one of the cuts of `CUTS`, bases to `middle` where channels follow; return whether it gets there."""
         if how == "channel":  # after which the pairs have other bases, so their scores are gone
             return self.channel.apply(self.channel.plan(budget, self.cost), optimizers)
         first = budget
-        if how == "basis and channel":  # half of the way each, on a logarithmic scale
-            first = math.sqrt(budget * self.cost.deployed(self.ranks, self.settings.target_kind))
+        if how == "basis and channel":  # by default half of the way each, on a logarithmic scale
+            first = middle or math.sqrt(budget * self.cost.deployed(self.ranks, self.settings.target_kind))
         if self.basis.apply(self.basis.plan(first, self.cost), optimizers) and how == "basis":
             return True
         try:
@@ -235,8 +239,6 @@ class DoublePruner(RoundPruner):
 
     def _choose(self, budget: float) -> str:
         settings = self.settings
-        if settings.split != "auto":
-            return self._by_share(float(settings.split), budget)
         if settings.order != "alternate" and self.stage == _last(settings.order):
             return self.stage
         self.changes = self.try_cuts(budget)
@@ -245,22 +247,29 @@ class DoublePruner(RoundPruner):
             self.stage = better
         return self.stage
 
-    def _by_share(self, share: float, budget: float) -> str:
-        """Follow a given share: one kind first, or both in turn so that each keeps its share."""
-        settings = self.settings
-        original = self.record.original(settings.target_kind)
-        removed = 1.0 - budget / original
-        if settings.order == "basis_then_channel":
-            return "basis" if removed <= share * settings.target + 1e-9 else "channel"
-        if settings.order == "channel_then_basis":
-            return "channel" if removed <= (1.0 - share) * settings.target + 1e-9 else "basis"
-        done = {"basis": 0.0, "channel": 0.0}
-        before = 1.0
+    def _by_share(self, share: float, budget: float) -> tuple[str, float, float | None]:
+        """Follow a given share: the cut to make, how far, and where bases hand over to channels in it."""
+        order, kind, target = self.settings.order, self.settings.target_kind, self.settings.target
+        original = self.record.original(kind)
+        if order == "alternate":
+            return self._behind(share, 1.0 - budget / original), budget, None
+        border = original * (1.0 - target * (share if order == "basis_then_channel" else 1.0 - share)) * (1 - 1e-9)
+        first, second = ("basis", "channel") if order == "basis_then_channel" else ("channel", "basis")
+        if budget >= border:
+            return first, budget, None
+        if self.cost.deployed(self.ranks, kind) <= border * (1 + 1e-6):
+            return second, budget, None
+        if first == "basis":
+            return "basis and channel", budget, border
+        return "channel", border, None  # bases have no scores right after it: they go on in the next round
+
+    def _behind(self, share: float, removed: float) -> str:
+        """The kind that is further behind its share of what has to be gone after this round."""
+        done, before = {"basis": 0.0, "channel": 0.0}, 1.0
         for entry in self.record.rounds[1:]:
-            kept = self.record.kept(entry, settings.target_kind) or before
+            kept = self.record.kept(entry, self.settings.target_kind) or before
             done["channel" if entry.stage == "channel" else "basis"] += before - kept
             before = kept
-        # The kind that is further behind its share goes next.
         return "basis" if done["basis"] - share * removed <= done["channel"] - (1.0 - share) * removed else "channel"
 
     def try_cuts(self, budget: float) -> dict[str, float]:

@@ -89,6 +89,22 @@ def test_given_split(order: str, split: float, expected: list[str]) -> None:
     assert last.params == sum(p.numel() for p in bsdp.fold(network).parameters())
 
 
+@pytest.mark.parametrize(
+    ("order", "rounds", "expected"),
+    [
+        ("basis_then_channel", 1, ["basis and channel"]),
+        ("basis_then_channel", 2, ["basis and channel", "channel"]),
+        ("channel_then_basis", 2, ["channel", "basis"]),
+    ],
+)
+def test_a_given_split_is_kept_when_a_round_crosses_it(order: str, rounds: int, expected: list[str]) -> None:
+    network, pruner = make(order=order, split=0.5, rounds=rounds, schedule="cubic")
+    assert train(network, pruner) == expected
+    assert pruner.record.rounds[-1].params <= 0.6 * pruner.record.cost.original()
+    assert pruner.record.rounds[-1].bases < pruner.record.rounds[0].bases
+    assert sum(pruner.record.rounds[-1].channels.values()) < sum(pruner.record.rounds[0].channels.values())
+
+
 def free(kind: str) -> nn.Module:
     """Half of the channels, or more than half of the bases, change nothing when they go."""
     net = Chain()
