@@ -100,3 +100,9 @@ def own_iterator(loaders: Any) -> Iterator[Any]:
 def first_example(trainer: Trainer) -> Any:
     """The first training batch, on the trainer's device."""
     return next(iter(trainer.strategy.batch_to_device(b) for b in own_iterator(trainer.train_dataloader)), None)
+
+
+def example_of(shapes: list[list[int]], network: nn.Module) -> tuple[Tensor, ...]:
+    """Zeros of the given shapes, on the device and in the dtype of a network's parameters."""
+    like = next(network.parameters())
+    return tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)

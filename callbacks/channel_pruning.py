@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import measure_module_cost, only_network
+from bsdp.callbacks._measuring import example_of, measure_module_cost, only_network
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import is_beside
 from bsdp.channel_graph import channel_groups
@@ -181,7 +181,7 @@ class ChannelPruning(RoundPruning):
         self._refuse_factors(scaled and bool(named_pairs(network)))
         if scaled and scales_of(network) is None:
             shapes = self._input_shapes(trainer, pl_module)
-            groups = channel_groups(network, _zeros(shapes, network), exclude=self.settings.exclude)
+            groups = channel_groups(network, example_of(shapes, network), exclude=self.settings.exclude)
             add_scales(network, groups)
         if self.freeze and not named_pairs(pl_module):
             self._freeze(pl_module, network)
@@ -252,7 +252,7 @@ class ChannelPruning(RoundPruning):
     ) -> ChannelPruner:
         """Make the pruner."""
         part = pl_module.get_submodule(network) if network else pl_module
-        example = _zeros(shapes, part)
+        example = example_of(shapes, part)
         return ChannelPruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
 
     def ceiling(self) -> str | None:
@@ -279,11 +279,6 @@ class ChannelPruning(RoundPruning):
 def _network_of(pl_module: LightningModule) -> torch.nn.Module:
     name = only_network(pl_module)
     return pl_module.get_submodule(name) if name else pl_module
-
-
-def _zeros(shapes: list[list[int]], network: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    like = next(network.parameters())
-    return tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
 
 
 def _fixed_batch_norms(pl_module: LightningModule) -> list[torch.nn.Module]:

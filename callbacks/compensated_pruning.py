@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bsdp._checks import check_share
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import own_iterator
+from bsdp.callbacks._measuring import example_of, own_iterator
 from bsdp.callbacks._records import describe_cut
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.channel_compensation import collect_input_moments
@@ -125,8 +124,7 @@ class CompensatedPruning(RoundPruning):
     ) -> CompensatedPruner:
         """Make the pruner."""
         part = pl_module.get_submodule(network) if network else pl_module
-        like = next(part.parameters())
-        example = tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        example = example_of(shapes, part)
         return CompensatedPruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
 
     def schedule(self, trainer: Trainer, *, rounds: int | None, first_epoch: int) -> RoundSettings:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import as_parameters, own_iterator
+from bsdp.callbacks._measuring import as_parameters, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales, refuse_thawed
@@ -160,8 +160,7 @@ class DoublePruning(RoundPruning):
     ) -> DoublePruner:
         """Make the pruner."""
         part = pl_module.get_submodule(network) if network else pl_module
-        like = next(part.parameters())
-        example = tuple(torch.zeros(shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        example = example_of(shapes, part)
         return DoublePruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
 
     def ceiling(self) -> str:
