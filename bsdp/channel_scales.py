@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bsdp.channel_graph import ChannelGroup
 from bsdp.importance import NoScoresError
 from bsdp.layers import BasisPair, set_data
-from bsdp.pruning import slice_optimizer_state
+from bsdp.pruning import cut_optimizer_state
 from bsdp.scale_hooks import ChannelScales, reader_inputs, scales_of
 
 
@@ -67,10 +67,10 @@ def keep_scales(
     """
     scales = scales_of(network)
     assert scales is not None
-    keep = keep.to(scales.weight.device)
+    keep, shape = keep.to(scales.weight.device), scales.weight.shape
     set_data(scales.weight, scales.weight.detach()[keep])
     for optimizer in optimizers:
-        slice_optimizer_state(optimizer, scales.weight, keep)
+        cut_optimizer_state(optimizer, scales.weight, shape, lambda value: value[keep.to(value.device)])
     readers, units = scale_layout(network, groups)
     assert units == len(scales.weight)
     scales.bind(network, readers)

@@ -79,7 +79,8 @@ def _cut_pair(pair: BasisPair, change: ModuleChange, optimizers: Iterable[Optimi
     pair.set_factors(factors.basis[:, :rank], factors.coefficients[:, :, :rank], factors.sigma[:, :rank])
     set_data(pair.scaling.bias, bias.contiguous())
     for optimizer in optimizers:
-        optimizer.state.pop(pair.scaling.delta, None)
+        for parameter in (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)):
+            optimizer.state.pop(parameter, None)
         if outputs is not None:
             optimizer.state.pop(pair.scaling.bias, None)
 

@@ -20,6 +20,7 @@ def freeze(
     trainable: Iterable[str] = (),
     batch_norm: str = "frozen",
     train_bias: bool = False,
+    train_weights: bool = False,
 ) -> None:
     """Freeze a decomposed model but for its scaling factors.
 
@@ -30,17 +31,19 @@ def freeze(
         batch_norm: ``"frozen"`` fixes statistics and affine terms; ``"stats"`` updates the running statistics only,
             ``"affine"`` trains weight and bias only, ``"all"`` does both.
         train_bias: Whether the biases of the pairs train.
+        train_weights: Whether everything trains but the batch norms, for which `batch_norm` speaks: the basis filters
+            (which do not stay orthonormal then), the 1x1 weights, biases, and the layers that were not decomposed.
     """
     check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
     modules = _unmatched_modules(model, trainable)
     for module in modules:
-        train = isinstance(module, _BatchNorm) and batch_norm in ("affine", "all")
+        train = batch_norm in ("affine", "all") if isinstance(module, _BatchNorm) else train_weights
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(train)
     for module in modules:
         if isinstance(module, BasisScalingConv):
             module.delta.requires_grad_(True)
-            module.bias.requires_grad_(train_bias)
+            module.bias.requires_grad_(train_bias or train_weights)
 
 
 def fixed_batch_norms(

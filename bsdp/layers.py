@@ -280,20 +280,42 @@ class BasisPair(nn.Module):
         Args:
             indices: Positions to keep among the ``groups * rank`` bases, ascending, as many in every group.
         """
-        rank, groups, scaling = self.rank, self.groups, self.scaling
+        local, scaling = self.local_positions(indices), self.scaling
+        rows, columns = self.basis_rows(weight_of(self.basis).data, local), self.columns(scaling.weight.data, local)
         indices = indices.to(scaling.delta.device)
+        self._assign(rows, columns, scaling.delta.data[indices], scaling.sigma[indices])
+
+    def local_positions(self, indices: Tensor) -> Tensor:
+        """Positions among all bases as positions in each group, ``[groups, kept]``.
+
+        Raises:
+            ValueError: If they are not ascending, or not as many in every group.
+        """
+        rank, groups = self.rank, self.groups
         first = rank * torch.arange(groups, device=indices.device)[:, None]
         if indices.numel() == 0 or indices.numel() % groups or (indices.diff() <= 0).any():
             raise ValueError(f"`indices` must be ascending and keep at least one basis in each of the {groups} groups.")
-        local = indices.view(groups, -1) - first  # the positions inside each group
+        local = indices.view(groups, -1) - first
         if (local < 0).any() or (local >= rank).any():
             raise ValueError(f"`indices` must keep equally many of the {rank} bases in each of the {groups} groups.")
-        grouped = scaling.weight.data.view(groups, self.out_per_group, rank)
-        columns = local[:, None, :].expand(-1, self.out_per_group, -1)
-        kept = grouped.gather(2, columns).reshape(groups * self.out_per_group, -1, *(1,) * scaling.dims)
-        matrix = matrix_of(self.basis).detach()
-        rows = matrix.gather(1, local[:, :, None].expand(-1, -1, self.fan_in))
-        self._assign(self._as_weight(rows), kept, scaling.delta.data[indices], scaling.sigma[indices])
+        return local
+
+    def basis_rows(self, weight: Tensor, local: Tensor) -> Tensor:
+        """The part of the basis layer's weight, or of a tensor of that shape, that belongs to some bases.
+
+        Args:
+            weight: As the weight is before a cut.
+            local: From `local_positions`.
+        """
+        matrix = to_matrix(weight, self.groups, transposed=self.transposed)
+        local = local.to(weight.device)
+        return self._as_weight(matrix.gather(1, local[:, :, None].expand(-1, -1, self.fan_in)))
+
+    def columns(self, weight: Tensor, local: Tensor) -> Tensor:
+        """As `basis_rows`, of the 1x1 layer's weight."""
+        grouped = weight.view(self.groups, self.out_per_group, -1)
+        index = local.to(weight.device)[:, None, :].expand(-1, self.out_per_group, -1)
+        return grouped.gather(2, index).reshape(weight.shape[0], -1, *weight.shape[2:])
 
     @torch.no_grad()
     def set_factors(self, basis: Tensor, coefficients: Tensor, sigma: Tensor) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp.layers import BasisPair, named_pairs
+from bsdp.layers import BasisPair, named_pairs, weight_of
 from bsdp.selection import PruningPlan
 
 
@@ -35,7 +37,7 @@ def prune(
     Raises:
         ValueError: If the plan names unknown layers or was made for other ranks.
     """
-    pairs = named_pairs(model)
+    pairs, optimizers = named_pairs(model), list(optimizers)
     for name, rank in plan.ranks_before.items():
         if name not in pairs:
             raise ValueError(f"`plan` names layer {name!r}, which the model does not have as a pair.")
@@ -49,9 +51,20 @@ def prune(
             continue
         if means is not None and name in means:
             pair.scaling.bias.add_(mean_contribution(pair, means[name], keep))
-        pair.keep(keep)
-        for optimizer in optimizers:
-            slice_optimizer_state(optimizer, pair.scaling.delta, keep)
+        _keep(pair, keep, optimizers)
+
+
+def _keep(pair: BasisPair, keep: Tensor, optimizers: list[Optimizer]) -> None:
+    local = pair.local_positions(keep)
+    shapes: dict[Tensor, torch.Size] = {parameter: parameter.shape for parameter in pair.parameters()}
+    pair.keep(keep)
+    cuts: dict[Tensor, Callable[[Tensor], Tensor]] = {
+        pair.scaling.delta: lambda value: value[keep.to(value.device)],
+        pair.scaling.weight: partial(pair.columns, local=local),
+        weight_of(pair.basis): partial(pair.basis_rows, local=local),
+    }
+    for optimizer, (parameter, cut) in itertools.product(optimizers, cuts.items()):
+        cut_optimizer_state(optimizer, parameter, shapes[parameter], cut)
 
 
 def mean_contribution(pair: BasisPair, means: Tensor, keep: Tensor) -> Tensor:
@@ -62,18 +75,21 @@ def mean_contribution(pair: BasisPair, means: Tensor, keep: Tensor) -> Tensor:
     return (columns @ dropped.view(pair.groups, pair.rank, 1)).flatten()
 
 
-def slice_optimizer_state(optimizer: Optimizer, parameter: nn.Parameter, keep: Tensor) -> None:
-    """Cut the per-element state (momentum, second moments) that an optimizer holds for a shrunk vector.
+def cut_optimizer_state(
+    optimizer: Optimizer, parameter: Tensor, shape: torch.Size, cut: Callable[[Tensor], Tensor]
+) -> None:
+    """Cut the per-element state that an optimizer holds for a parameter that has lost some of its elements.
 
     Args:
         optimizer: Any optimizer; nothing happens when it holds no state for the parameter.
-        parameter: The vector, already shrunk.
-        keep: The positions kept, in the old vector.
+        parameter: The parameter, already cut.
+        shape: Its shape before.
+        cut: Takes a tensor of that shape to one of the present shape. State of any other shape is left alone.
     """
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() == 1 and len(value) > len(parameter):
-            state[key] = value[keep.to(value.device)].clone()
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape:
+            state[key] = cut(value).clone(memory_format=torch.preserve_format)
 
 
 def drop_stale_optimizer_state(optimizer: Optimizer) -> None:

@@ -82,9 +82,6 @@ class RoundPruning(Callback, ABC):
     def check_module(self, pl_module: LightningModule) -> None:
         """Refuse a module that this callback cannot prune."""
 
-    def check_epoch(self, pl_module: LightningModule) -> None:
-        """Refuse what somebody changed since the last epoch."""
-
     def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse optimizers whose steps cannot be scored."""
 
@@ -180,7 +177,6 @@ class RoundPruning(Callback, ABC):
         """Make the cut that is due, so that no checkpoint carries a new structure under an old metric."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.check_epoch(pl_module)
         self._begin_epoch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -70,17 +70,6 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
-def refuse_thawed(pairs: Mapping[str, BasisPair]) -> None:
-    """Refuse to go on when somebody has thawed the frozen weights of a pair, whose momentum no cut would follow."""
-    thawed = [n for n, p in pairs.items() if p.scaling.weight.requires_grad or next(p.basis.parameters()).requires_grad]
-    if thawed:
-        raise ValueError(
-            f"the frozen weights of {len(thawed)} decomposed layers (first: {thawed[0]!r}) require a gradient now: a "
-            "callback or a hook of the module has thawed them. Leave these layers out with `exclude` of "
-            "`BasisDecomposition` if they have to train, or leave out what thaws them."
-        )
-
-
 def check_scales(optimizers: Sequence[Optimizer], pairs: Mapping[str, BasisPair]) -> None:
     """Refuse scaling factors that cannot be scored: frozen ones, and those that several optimizers share."""
     deltas = {name: pair.scaling.delta for name, pair in pairs.items()}

@@ -25,7 +25,7 @@ from bsdp.structure import structure_of
 
 
 class BasisDecomposition(Callback):
-    """Decompose a module by SVD as `fit` starts, so that only one scaling factor per basis and the head train.
+    """Decompose a module by SVD as `fit` starts; by default only one scaling factor per basis and the head train.
 
     Every convolution and linear layer that is worth it becomes a pair of layers with the same function (see
     `bsdp.decompose`); the module does not need to know. Pruning them is the job of `IterativeBasisPruning`. Checkpoints
@@ -40,9 +40,11 @@ class BasisDecomposition(Callback):
         metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation``
             orders them by what they contribute to the layers' outputs on the first training batches.
         calibration_batches: Batches that the activation metric reads before training.
+        train: ``scales`` trains one factor per basis and the head, as the paper does; ``weights`` trains all weights,
+            those of the bases and of the 1x1 layers as well, which repairs more of what a cut breaks.
         batch_norm: What trains of the batch norms: ``frozen`` (nothing), ``stats`` (running statistics only),
-            ``affine`` (weight and bias only), ``all``.
-        train_bias: Whether the biases of decomposed layers train.
+            ``affine`` (weight and bias only), ``all``. Default: ``frozen``, and ``all`` where all weights train.
+        train_bias: Whether the biases of decomposed layers train; all do where all weights train.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class BasisDecomposition(Callback):
         exclude: list[str] | None = None,
         metric: Literal["euclidean", "activation"] = "euclidean",
         calibration_batches: int = 16,
-        batch_norm: Literal["frozen", "stats", "affine", "all"] = "frozen",
+        train: Literal["scales", "weights"] = "scales",
+        batch_norm: Literal["frozen", "stats", "affine", "all"] | None = None,
         train_bias: bool = False,
     ) -> None:
         check_choice("metric", metric, METRICS)
         check_at_least("calibration_batches", calibration_batches, 1)
+        check_choice("train", train, ("scales", "weights"))
+        batch_norm = batch_norm or ("all" if train == "weights" else "frozen")
         check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
         self.backbone = backbone
         self.trainable = trainable
@@ -66,7 +71,8 @@ class BasisDecomposition(Callback):
         self.exclude = exclude
         self.metric = metric
         self.calibration_batches = calibration_batches
-        self.batch_norm = batch_norm
+        self.train = train
+        self.batch_norm: Any = batch_norm
         self.train_bias = train_bias
         self.decomposition: Decomposition | None = None
         self._kept: list[str] = []
@@ -178,7 +184,13 @@ class BasisDecomposition(Callback):
             patterns.append(plain_name(head))
         wanted = {module for name, module in names.items() if matches(name, patterns)}
         self._kept = [name for name, module in target.named_modules() if name and module in wanted]
-        freeze(target, trainable=self._kept, batch_norm=self.batch_norm, train_bias=self.train_bias)
+        freeze(
+            target,
+            trainable=self._kept,
+            batch_norm=self.batch_norm,
+            train_bias=self.train_bias,
+            train_weights=self.train == "weights",
+        )
         self._fixed_batch_norms = self._find_fixed_batch_norms(pl_module)
         if not any(p.requires_grad for p in pl_module.parameters()):
             raise ValueError("nothing is trainable after decomposing; check `include`, `exclude` and `trainable`.")
@@ -200,7 +212,8 @@ class BasisDecomposition(Callback):
         successors: list[tuple[Tensor, nn.Parameter]] = []
         for old, pair in self.decomposition.replaced.values():
             others = [parameter for parameter in old.parameters() if parameter is not old.bias]
-            successors += [(parameter, pair.scaling.delta) for parameter in others]  # several, if parametrized
+            heirs = (pair.scaling.delta, pair.scaling.weight, *pair.basis.parameters())
+            successors += [(parameter, heir) for parameter in others for heir in heirs]  # several, if parametrized
             successors.append((old.bias if isinstance(old.bias, Tensor) else others[0], pair.scaling.bias))
         return successors
 
@@ -212,7 +225,7 @@ class BasisDecomposition(Callback):
         done = self.decomposition or Decomposition({}, {})
         rank_zero_info(
             f"bsdp: {len(named_pairs(pl_module))} layers decomposed; {trains:,} parameters train ({scales:,} of them "
-            "scaling factors, the rest head and what `trainable`, `batch_norm` and `train_bias` ask for), "
+            "scaling factors, the rest head and what `train`, `trainable`, `batch_norm` and `train_bias` ask for), "
             f"{frozen:,} are frozen"
         )
         reasons: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
-from bsdp.callbacks._trainer_checks import check_scales, refuse_thawed
+from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings
 from bsdp.layers import named_pairs
@@ -139,10 +139,6 @@ class DoublePruning(RoundPruning):
                 "`DoublePruning` found no decomposed layer: add `bsdp.callbacks.BasisDecomposition()` to the trainer's "
                 "callbacks, too. To prune channels alone, use `ChannelPruning`."
             )
-
-    def check_epoch(self, pl_module: LightningModule) -> None:
-        """Refuse weights that somebody has thawed."""
-        refuse_thawed(named_pairs(self._pruner().network))
 
     def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse scaling factors that do not train, and an automatic split without validation images."""

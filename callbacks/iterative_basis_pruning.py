@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from bsdp._checks import check_at_least
 from bsdp.callbacks._round_pruning import RoundPruning
-from bsdp.callbacks._trainer_checks import check_scales, refuse_thawed
+from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
 from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
@@ -122,10 +122,6 @@ class IterativeBasisPruning(RoundPruning):
                 "`IterativeBasisPruning` found no decomposed layer: add `bsdp.callbacks.BasisDecomposition()` to the "
                 "trainer's callbacks, too."
             )
-
-    def check_epoch(self, pl_module: LightningModule) -> None:
-        """Refuse weights that somebody has thawed."""
-        refuse_thawed(named_pairs(self._pruner().network))
 
     def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse scaling factors that do not train."""

@@ -14,7 +14,7 @@ from bsdp.callbacks._monitoring import loss_scale
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._run_folder import run_folder, unused_path
-from bsdp.callbacks._trainer_checks import check_scales, refuse_thawed
+from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
 from bsdp.pruner import largest_removable_share
@@ -142,10 +142,6 @@ class TwoTemperaturePruning(RoundPruning):
                 "`TwoTemperaturePruning` found no decomposed layer: add `bsdp.callbacks.BasisDecomposition()` to the "
                 "trainer's callbacks, too."
             )
-
-    def check_epoch(self, pl_module: LightningModule) -> None:
-        """Refuse weights that somebody has thawed."""
-        refuse_thawed(named_pairs(self._pruner().network))
 
     def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse scaling factors that do not train; the steps of their optimizer are those of the gates, too."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.layers import named_pairs
-from bsdp.pruning import drop_stale_optimizer_state, mean_contribution, slice_optimizer_state
+from bsdp.pruning import cut_optimizer_state, drop_stale_optimizer_state, mean_contribution
 from bsdp.selection import PruningPlan
 from tests.helpers.compare import assert_same_state, decomposed, randomize_scales, relative_error, snapshot
 from tests.helpers.nets import NETS, make_input, make_net
@@ -297,7 +297,7 @@ def test_slicing_leaves_scalars_and_other_shapes_alone() -> None:
         "row": torch.zeros(5, 5),
         "note": 3,
     }
-    slice_optimizer_state(opt, parameter, torch.tensor([1, 4]))
+    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
     state = opt.state[parameter]
     assert state["exp_avg"].tolist() == [1.0, 4.0]
     assert (float(state["step"]), tuple(state["row"].shape), state["note"]) == (7.0, (5, 5), 3)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition
+from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer, small_network
 
 
@@ -302,3 +302,38 @@ class TestRefusals:
         trainer = make_trainer(tmp_path, [BasisDecomposition(metric="activation")], max_epochs=1)
         with pytest.raises(ValueError, match="first floating-point tensor"):
             trainer.fit(Converting(), datamodule=Whole())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_all_weights_train_and_their_momentum_follows_the_cuts(tmp_path: Path, optimizer: Any) -> None:
+    class Tuned(Classifier):
+        def configure_optimizers(self) -> Any:
+            extra = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+            return optimizer(self.parameters(), lr=0.01, **extra)
+
+    module = Tuned()
+    pruning = IterativeBasisPruning(target=0.5, tolerance=None, rounds=2)
+    decomposition = BasisDecomposition(metric="activation", train="weights")
+    weights: dict[str, Any] = {}
+
+    class Note(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            for name, pair in bsdp.named_pairs(pl_module).items():
+                weights[name] = (pair.basis, pair.basis.weight, pair.basis.weight.detach().clone())
+
+    trainer = make_trainer(tmp_path, [decomposition, Note(), pruning], max_epochs=3)
+    trainer.fit(module, datamodule=Stripes())
+    assert pruning.record.rounds[-1].params <= 0.5 * pruning.record.cost.original()
+    state = trainer.optimizers[0].state
+    assert decomposition.batch_norm == "all"
+    for name, pair in bsdp.named_pairs(module).items():
+        basis, parameter, before = weights[name]
+        assert pair.basis is basis
+        assert basis.weight is parameter
+        for trained in (parameter, pair.scaling.weight, pair.scaling.delta, pair.scaling.bias):
+            moments = [v for v in state[trained].values() if isinstance(v, Tensor) and v.dim() > 0]
+            assert moments
+            assert all(value.shape == trained.shape for value in moments)
+        kept = len(parameter)
+        assert kept <= len(before)
+        assert not any(torch.equal(row, old) for row in parameter for old in before)

@@ -88,18 +88,6 @@ def refused_in_setup(ours: Any, trainer: Trainer, strategy: Strategy | None, mes
     assert not bsdp.named_pairs(module)
 
 
-def test_thawed_weights_are_noticed_before_they_break_a_cut(tmp_path: Path) -> None:
-    class Thaw(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            weight = bsdp.named_pairs(pl_module)["network.0.2"].scaling.weight.requires_grad_(True)
-            trainer.optimizers[0].add_param_group({"params": [weight]})
-
-    pruning = IterativeBasisPruning(target=0.5, tolerance=None)
-    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), Thaw()])
-    with pytest.raises(ValueError, match=r"weights of 1 decomposed layers \(first: '0.2'\) require a gradient now"):
-        trainer.fit(Classifier(), datamodule=Stripes())
-
-
 def test_network_that_is_built_twice(tmp_path: Path) -> None:
     class Forgetful(Classifier):
         def configure_model(self) -> None:
