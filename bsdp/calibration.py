@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from bsdp.factorize import factorize
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, spatial_dims
+from bsdp._checks import check_choice
+from bsdp.factorize import METRICS, refactorize, to_float64
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, spatial_dims, to_matrix, weight_of
 from bsdp.probing import as_inputs, probe
 
 
@@ -73,22 +75,49 @@ def collect_output_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str
 
 
 @torch.no_grad()
-def rebase(pairs: Mapping[str, BasisPair], moments: Mapping[str, Tensor]) -> None:
-    """Give pairs at full rank, in place, the bases of the activation metric; their function does not change.
+def rebase(
+    pairs: Mapping[str, BasisPair],
+    moments: Mapping[str, Tensor] | None = None,
+    *,
+    metric: str = "activation",
+    optimizers: Iterable[Optimizer] = (),
+) -> None:
+    """Give pairs, in place, new bases of the same rank and the same product; scaling factors become 1 again.
 
-    Scaling factors become 1 again. Pairs without a moment are left alone.
+    Works at any rank, also after cuts and after weights have trained: the product ``V diag(s sigma) U^T`` is factorised
+    anew. Bases are ordered by descending sigma. The bias stays.
 
     Args:
-        pairs: Pairs by name, all at full rank.
-        moments: Second moments by the same names, see `collect_output_moments`.
+        pairs: Pairs by name.
+        moments: Second moments by the same names, see `collect_output_moments`; a pair without one is left alone.
+            Not needed for ``metric="euclidean"``, which makes bases orthonormal again.
+        metric: See `decompose`.
+        optimizers: Optimizers whose state (momentum) of the changed parameters is dropped: it belongs to other bases.
 
     Raises:
-        ValueError: If a pair was pruned already.
+        ValueError: If the moments are missing or no match, or a weight is NaN or infinite.
     """
+    check_choice("metric", metric, METRICS)
+    if metric != "euclidean" and moments is None:
+        raise ValueError(f"`metric={metric!r}` needs `moments`: see `bsdp.collect_output_moments`.")
+    optimizers = list(optimizers)
     for name, pair in pairs.items():
-        if name not in moments:
+        moment = None if moments is None else moments.get(name)
+        if moment is None and metric != "euclidean":
             continue
-        if pair.rank != pair.full_rank:
-            raise ValueError(f"layer {name!r} has rank {pair.rank} of {pair.full_rank}: rebase before pruning.")
-        factors = factorize(pair.product, metric="activation", moment=moments[name])
-        pair.set_factors(factors.basis, factors.coefficients, factors.sigma)
+        try:
+            _rebase_pair(pair, metric, moment)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        for parameter in (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)):
+            parameter.grad = None
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
+
+
+def _rebase_pair(pair: BasisPair, metric: str, moment: Tensor | None) -> None:
+    # In float64 from the stored factors: their product in the pair's own precision would be rounded once more.
+    columns = to_float64(to_matrix(pair.scaling.weight, pair.groups))
+    scale = 1.0 + to_float64(pair.scaling.delta).view(pair.groups, 1, pair.rank)
+    factors = refactorize(columns * scale, to_float64(matrix_of(pair.basis)), metric=metric, moment=moment)
+    pair.set_factors(factors.basis, factors.coefficients, factors.sigma)

@@ -40,8 +40,8 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
     Args:
         matrix: ``[groups, out_per_group, fan_in]``, any floating dtype.
         metric: One of `METRICS`.
-        moment: For ``"activation"``: ``[groups * out_per_group, groups * out_per_group]``; of it only the diagonal
-            blocks of the groups are used.
+        moment: For ``"activation"``: ``[groups * out_per_group, groups * out_per_group]``, of which only the diagonal
+            blocks of the groups are used, or these blocks, ``[groups, out_per_group, out_per_group]``.
 
     Returns:
         Factors in float64, on the matrix's device where that supports float64 and on the CPU otherwise.
@@ -59,10 +59,51 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
         return Factors(basis=right, coefficients=left * sigma[:, None, :], sigma=sigma)
     if moment is None:
         raise ValueError(f"`metric={metric!r}` needs the second moment of its outputs.")
-    outputs = matrix.shape[0] * matrix.shape[1]
-    if moment.shape != (outputs, outputs):
-        raise ValueError(f"its output statistics must be {outputs} x {outputs}, got the shape {tuple(moment.shape)}.")
-    return _activation_factors(matrix, to_float64(moment).to(matrix.device))
+    return _activation_factors(matrix, _blocks(moment, matrix))
+
+
+def refactorize(
+    coefficients: Tensor, basis: Tensor, *, metric: str = "euclidean", moment: Tensor | None = None
+) -> Factors:
+    """Factorise the product of two factors anew; as many bases as before reproduce it exactly.
+
+    Everything is done inside the space that the columns of `coefficients` span, so that matrices are ``rank x rank``
+    and ``rank x fan_in`` at most. When the product's rank is lower, the last bases have a sigma of 0 (or next to it).
+
+    Args:
+        coefficients: ``[groups, out_per_group, rank]``, any floating dtype.
+        basis: ``[groups, rank, fan_in]``.
+        metric: See `factorize`.
+        moment: See `factorize`.
+
+    Returns:
+        Factors of the same rank, as those of `factorize`.
+
+    Raises:
+        ValueError: As `factorize`.
+    """
+    coefficients, basis = to_float64(coefficients), to_float64(basis)
+    product = coefficients @ basis
+    if basis.shape[1] == product.shape[1] or not product.isfinite().all():
+        return factorize(product, metric=metric, moment=moment)
+    space = torch.linalg.qr(coefficients).Q
+    blocks = None if moment is None else space.mT @ _blocks(moment, product) @ space
+    inside = factorize(space.mT @ coefficients @ basis, metric=metric, moment=blocks)
+    return Factors(inside.basis, space @ inside.coefficients, inside.sigma)
+
+
+def _blocks(moment: Tensor, matrix: Tensor) -> Tensor:
+    """The diagonal blocks of the groups, ``[groups, out_per_group, out_per_group]``."""
+    groups, out = matrix.shape[:2]
+    if moment.shape not in ((groups * out, groups * out), (groups, out, out)):
+        total = groups * out
+        raise ValueError(f"its output statistics must be {total} x {total}, got the shape {tuple(moment.shape)}.")
+    if not moment.isfinite().all():
+        raise ValueError("its output statistics hold NaN or infinity; check the calibration data.")
+    moment = to_float64(moment).to(matrix.device)
+    if moment.dim() == 3:
+        return moment
+    return torch.stack([moment[g * out : (g + 1) * out, g * out : (g + 1) * out] for g in range(groups)])
 
 
 def to_float64(tensor: Tensor) -> Tensor:
@@ -90,11 +131,8 @@ def _gram_factors(matrix: Tensor) -> Factors:
     return Factors(basis, coefficients.gather(2, order[:, None, :].expand_as(coefficients)), sigma)
 
 
-def _activation_factors(matrix: Tensor, moment: Tensor, *, ridge: float = 1e-4) -> Factors:
-    groups, out, fan_in = matrix.shape
-    if not moment.isfinite().all():
-        raise ValueError("its output statistics hold NaN or infinity; check the calibration data.")
-    blocks = torch.stack([moment[g * out : (g + 1) * out, g * out : (g + 1) * out] for g in range(groups)])
+def _activation_factors(matrix: Tensor, blocks: Tensor, *, ridge: float = 1e-4) -> Factors:
+    out, fan_in = matrix.shape[1:]
     # Outputs lie in the column space of the matrix. Working inside it keeps full rank exact when fan_in < out and the
     # moment, often summed in float32, holds noise outside of it.
     space = torch.linalg.qr(matrix).Q if fan_in < out else None
