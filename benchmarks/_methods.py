@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "configs" / "experiment"
+PEERS = ROOT / "benchmarks" / "methods"
 TASKS = ROOT / "benchmarks" / "tasks"
 FINETUNE = "finetune"
 
@@ -35,6 +36,14 @@ _SET_BY_COMPARE = {
     "name": "--output",
     "config": "--methods or --task",
 }
+# Callbacks that prune to a target, with what makes them do so whatever the accuracy.
+_TO_TARGET: dict[str, dict[str, Any]] = {
+    "IterativeBasisPruning": {"tolerance": None},
+    "ChannelPruning": {"tolerance": None},
+    "DoublePruning": {"tolerance": None},
+    "TorchPruning": {},
+    "LightningModelPruning": {},
+}
 
 Config = dict[str, Any]
 
@@ -46,19 +55,26 @@ class Method:
     Attributes:
         name: As it stands in the table.
         stages: One configuration for each fit; each but the first starts from the weights that the one before left.
+        target: Share to remove, where it is not the configuration's own.
     """
 
     name: str
     stages: tuple[Config, ...]
+    target: float | None = None
 
     @property
     def prunes(self) -> bool:
         """Whether its last fit is another than fine-tuning, so that a summary is expected."""
         return self.name.split("+")[-1] != FINETUNE
 
+    @property
+    def label(self) -> str:
+        """Its name, with the target where several stand side by side."""
+        return self.name if self.target is None else f"{self.name}@{self.target:g}"
 
-def find(name: str, folder: Path, *, option: str) -> Path:
-    """Find a configuration by its name in `folder` or by its path.
+
+def find(name: str, *folders: Path, option: str) -> Path:
+    """Find a configuration by its name in one of the folders or by its path.
 
     Raises:
         ValueError: If there is none; the message lists the names.
@@ -67,7 +83,7 @@ def find(name: str, folder: Path, *, option: str) -> Path:
         if Path(name).is_file():
             return Path(name)
         raise ValueError(f"`{option}`: there is no file {name!r}.")
-    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1)
@@ -124,7 +140,7 @@ def build_method(name: str, task: Config) -> Method:
     if epochs < len(parts):
         raise ValueError(f"`--epochs` {epochs} is too few for the {len(parts)} stages of {name!r}.")
     shares = [epochs // len(parts) + (i < epochs % len(parts)) for i in range(len(parts))]
-    paths = [find(part, EXPERIMENTS, option="--methods") for part in parts]
+    paths = [find(part, EXPERIMENTS, PEERS, option="--methods") for part in parts]
     stages = [compose(_read(path), task, epochs=share) for path, share in zip(paths, shares, strict=True)]
     method = Method("+".join(path.stem for path in paths), tuple(stages))
     for stage in stages:
@@ -132,17 +148,39 @@ def build_method(name: str, task: Config) -> Method:
     return method
 
 
-def build_methods(names: Sequence[str], task: Config) -> list[Method]:
+def build_methods(names: Sequence[str], task: Config, targets: Sequence[float] = ()) -> list[Method]:
     """All methods, fine-tuning first: the unpruned network with which the others are compared.
 
+    Args:
+        names: Names of the methods.
+        task: From `read_task`.
+        targets: Shares to remove, each with every method, whatever the accuracy; none for the methods' own settings.
+
     Raises:
-        ValueError: If one is unknown or does not fit into the epochs, or two have one name.
+        ValueError: If one is unknown or does not fit into the epochs, two have one name, or one has no target.
     """
     methods = [build_method(name, task) for name in [FINETUNE, *(name for name in names if name != FINETUNE)]]
     found = [method.name for method in methods]
     if twice := {name for name in found if found.count(name) > 1}:
         raise ValueError(f"`--methods`: {min(twice)!r} is there twice; a file's name is the method's name.")
-    return methods
+    if not targets:
+        return methods
+    return [methods[0], *(at_target(method, target) for method in methods[1:] for target in targets)]
+
+
+def at_target(method: Method, target: float) -> Method:
+    """The same method with another target and no tolerance, so that it ends at that size.
+
+    Raises:
+        ValueError: If nothing in it prunes to a target.
+    """
+    stages = deepcopy(method.stages)
+    pruning = [callback for stage in stages for callback in _callbacks(stage) if _kind(callback) in _TO_TARGET]
+    if not pruning:
+        raise ValueError(f"`--targets`: {method.name!r} has no target; those that have use {', '.join(_TO_TARGET)}.")
+    for callback in pruning:
+        callback["init_args"] |= {"target": target} | _TO_TARGET[_kind(callback)]
+    return replace(method, stages=stages, target=target)
 
 
 def compose(method: Config, task: Config, *, epochs: int) -> Config:

@@ -35,6 +35,8 @@ class Run:
         name: Name of the run folders, below ``logs``.
         log: File that gets what the commands print.
         prunes: A summary is expected; else the best checkpoint is tested.
+        target: Share to remove, where methods are compared at several.
+        samples_per_class: Training images of each class; None for all.
     """
 
     task: str
@@ -44,6 +46,8 @@ class Run:
     name: str
     log: Path
     prunes: bool
+    target: float | None = None
+    samples_per_class: int | None = None
 
 
 def execute(run: Run, *, tick: Tick = lambda _line: None, handles: Sequence[int] = ()) -> Row:
@@ -55,7 +59,8 @@ def execute(run: Run, *, tick: Tick = lambda _line: None, handles: Sequence[int]
         handles: File descriptors that the processes keep open.
     """
     start, commands = time.monotonic(), []
-    row: Row = {"task": run.task, "method": run.method, "seed": run.seed, "epochs": 0}
+    row: Row = {"task": run.task, "method": run.method, "target": run.target, "seed": run.seed, "epochs": 0}
+    row["samples_per_class"] = run.samples_per_class
     values: Row = dict.fromkeys(("accuracy_reference", "accuracy", "params_ratio", "macs_ratio", "latency_ratio"))
     before: list[str] = []
     folders: list[Path] = []
@@ -112,8 +117,11 @@ def pruned_values(folder: Path, *, earlier: Sequence[Path] = ()) -> Row:
     return {
         "accuracy_reference": summary.get("accuracy_reference"),
         "accuracy": summary["accuracy_pruned"],
+        "validation_reference": summary.get("validation_reference"),
+        "validation": summary.get("validation_pruned"),
         **ratios,
         **sizes,
+        **{key: summary[key] for key in ("nonzero_ratio",) if key in summary},
     }
 
 
@@ -138,7 +146,9 @@ def unpruned_values(folder: Path, run: Run, *, tick: Tick, handles: Sequence[int
     call(words, run.log, tick=tick, handles=handles)
     written = max(folder.parent.glob("test/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     values = [row["test_accuracy"] for row in read_csv(written) if row.get("test_accuracy")]
-    return {"accuracy": float(values[-1]), **dict.fromkeys(("params_ratio", "macs_ratio", "latency_ratio"), 1.0)}
+    seen = [float(row["val_accuracy"]) for row in read_csv(folder / "metrics.csv") if row.get("val_accuracy")]
+    ratios = dict.fromkeys(("params_ratio", "macs_ratio", "latency_ratio"), 1.0)
+    return {"accuracy": float(values[-1]), "validation": max(seen, default=None), **ratios}
 
 
 def try_out(config: Path, log: Path, *, tick: Tick = lambda _line: None, handles: Sequence[int] = ()) -> str | None:
