@@ -16,6 +16,7 @@ from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.delta_files import AppliedDelta, load_delta, save_delta
 from bsdp.diff_pruning import SparseDelta, attach_deltas, detach_deltas, named_deltas, project_deltas
+from bsdp.distillation import Distiller, distillation_loss
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings, output_change
 from bsdp.export import ExportReport, export
 from bsdp.files import load, read_metadata, save
@@ -49,6 +50,7 @@ __all__ = [
     "ChannelScores",
     "CompensatedResult",
     "Decomposition",
+    "Distiller",
     "DoublePruner",
     "DoublePruningSettings",
     "ExportReport",
@@ -78,6 +80,7 @@ __all__ = [
     "decompose",
     "describe",
     "detach_deltas",
+    "distillation_loss",
     "export",
     "fixed_batch_norms",
     "fold",

@@ -22,6 +22,18 @@ def check_share(argument: str, value: float) -> None:
         raise ValueError(f"`{argument}` is a share and must be in (0, 1), got {value!r}. Write 0.7 for 70 %.")
 
 
+def check_fraction(argument: str, value: float) -> None:
+    """Refuse a number outside the closed interval [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{argument}` must be in [0, 1], got {value!r}.")
+
+
+def check_above(argument: str, value: float, limit: float) -> None:
+    """Refuse a number that is infinite or not above a limit."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not limit < value < math.inf:
+        raise ValueError(f"`{argument}` must be above {limit} and finite, got {value!r}.")
+
+
 def check_at_least(argument: str, value: float, minimum: float) -> None:
     """Refuse a number below a minimum."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:

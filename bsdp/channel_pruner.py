@@ -46,6 +46,9 @@ class ChannelPruningSettings(RoundSettings):
         tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
         mode: ``"max"`` if a higher value is better, else ``"min"``.
         patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
+        distillation: Weight, in [0, 1], of what the unpruned model says against the labels, see `Distiller`; 0: none.
+        distillation_temperature: See `distillation_loss`.
+        distillation_module: Name of the module that returns the class scores; None for the network.
         criterion: Score of a channel, one of `ALL_CRITERIA`.
         channel_ranking: How scores of different groups compare, see `select_channels`.
         normalize: See `ChannelScores`.

@@ -35,6 +35,9 @@ class PruningSettings(RoundSettings):
         tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
         mode: ``"max"`` if a higher value is better, else ``"min"``.
         patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
+        distillation: Weight, in [0, 1], of what the unpruned model says against the labels, see `Distiller`; 0: none.
+        distillation_temperature: See `distillation_loss`.
+        distillation_module: Name of the module that returns the class scores; None for the network.
         mean_to_bias: Move the mean output of removed bases into the bias.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.

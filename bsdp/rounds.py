@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp._checks import check_above, check_at_least, check_choice, check_fraction, check_share, check_whole
 from bsdp.cost import COST_KINDS, ModelCost
+from bsdp.distillation import SelfDistillation
 from bsdp.importance import NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.pruning import drop_stale_optimizer_state
@@ -40,6 +41,11 @@ class RoundSettings:
         tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
         mode: ``"max"`` if a higher value is better, else ``"min"``.
         patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
+        distillation: Weight, in [0, 1], of what the unpruned model (at the reference) says, against the labels, after
+            the first cut, see `Distiller`; 0 for none.
+        distillation_temperature: See `distillation_loss`.
+        distillation_module: Dotted name, in the model, of the module that returns the class scores; None for the
+            network.
     """
 
     kinds: ClassVar[Sequence[str]] = COST_KINDS
@@ -54,6 +60,9 @@ class RoundSettings:
     tolerance: float | None = 0.01
     mode: str = "max"
     patience_rounds: int = 1
+    distillation: float = 0.0
+    distillation_temperature: float = 2.0
+    distillation_module: str | None = None
 
     def __post_init__(self) -> None:
         check_share("target", self.target)
@@ -65,6 +74,12 @@ class RoundSettings:
         check_whole("warmup_epochs", self.warmup_epochs, 0)
         if self.tolerance is not None:
             check_at_least("tolerance", self.tolerance, 0)
+        check_fraction("distillation", self.distillation)
+        check_above("distillation_temperature", self.distillation_temperature, 0)
+        if self.distillation and self.warmup_epochs == 0:
+            raise ValueError(
+                "`distillation` learns from the model as the warm-up leaves it: `warmup_epochs` must be at least 1."
+            )
         if self.warmup_epochs == 0 and (self.tolerance is not None or self.needs_scores):
             raise ValueError(
                 "`warmup_epochs` must be at least 1: the first cut needs scores of an epoch and a reference value. "
@@ -172,6 +187,11 @@ class RoundPruner:
             cost=cost,
         )
         self._last_value: float | None = None
+        self.distillation: SelfDistillation | None = None
+        if settings.distillation:
+            name = network if settings.distillation_module is None else settings.distillation_module
+            weight, temperature = settings.distillation, settings.distillation_temperature
+            self.distillation = SelfDistillation(model, self.record, name, weight=weight, temperature=temperature)
 
     # --- what pruners of other units add ------------------------------------------------------------------------
 
@@ -241,6 +261,18 @@ class RoundPruner:
                     stack.enter_context(watching)
             yield
 
+    @contextmanager
+    def distilling(self, scale: float = 1.0) -> Iterator[None]:
+        """Let forward passes inside the ``with`` block learn from the unpruned model, once something was cut.
+
+        Nothing happens without `distillation` in the settings. Scores then see the gradient of the whole loss.
+
+        Args:
+            scale: What the loss is multiplied with before its backward pass, see `Distiller.attached`.
+        """
+        with nullcontext() if self.distillation is None else self.distillation.attached(scale):
+            yield
+
     def start_epoch(self) -> None:
         """Forget scores of earlier warm-up epochs, when the head was still new; call it as an epoch starts."""
         if self.warming_up:
@@ -262,6 +294,8 @@ class RoundPruner:
         try:
             if not self._is_sound():
                 raise NoScoresError("the weights are NaN or infinite.")
+            if self.distillation is not None and self.record.reference_state is None:  # there was no validation
+                self.record.reference_state, self.record.reference_shape = self._state(), shape_of(self.model)
             reached = self.remove(kept * self.record.original(settings.target_kind), list(optimizers))
         except NoScoresError as error:
             warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
@@ -354,6 +388,8 @@ class RoundPruner:
         """Mark a round (by default the newest) as the one the run ended with, and let the candidate go."""
         self.record.chosen = len(self.record.rounds) - 1 if index is None else index
         self.candidate = None
+        if self.distillation is not None:
+            self.distillation.forget()
         for stage in self.stages.values():
             stage.reset()
 
@@ -415,6 +451,8 @@ class RoundPruner:
         record.tolerance = settings.tolerance
         self.cost = record.cost
         self.cost = self.measured_cost()
+        if self.distillation is not None and self.distillation.started and record.reference_state is None:
+            self.distillation.teacher()  # which says why there is none
 
     def _better(self, value: float, other: float) -> bool:
         return value > other if self.settings.mode == "max" else value < other

@@ -189,6 +189,7 @@ class RoundPruning(Callback, ABC):
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
         self._detach()
+        self._distil(trainer)
         if is_watched(trainer, batch_idx):
             self._watching.enter_context(pruner.collecting(loss_scale(trainer)))
 
@@ -197,9 +198,18 @@ class RoundPruning(Callback, ABC):
         if self.pruner is not None:
             self.pruner.update(optimizer)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stop watching; validation must not count."""
         self._detach()
+        distillation = None if self.pruner is None else self.pruner.distillation
+        if distillation is not None and distillation.seen == 0 and outputs is not None:
+            raise ValueError(
+                f"`distillation` needs the class scores of every batch, but `training_step` did not call "
+                f"{distillation.shown}: call it there (`self(...)`, not `self.forward(...)`), name the module that "
+                "returns them in `distillation_module`, or set `distillation: 0`."
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the monitored value."""
@@ -294,7 +304,7 @@ class RoundPruning(Callback, ABC):
             "rounds": self.pruner.settings.rounds if started else None,
             "random": random_states(),
         }
-        if self.record.chosen is not None:
+        if self.record.chosen is not None and not self.settings.distillation:
             state["record"]["reference_state"] = None  # a finished run needs it no more
         return state
 
@@ -379,6 +389,14 @@ class RoundPruning(Callback, ABC):
 
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen just before a cut."""
+
+    def _distil(self, trainer: Trainer) -> None:
+        """Attach the teacher after the first cut; before it, see in the first batch that there is something to hold."""
+        pruner = self._pruner()
+        distillation = pruner.distillation
+        if distillation is not None and (distillation.started or distillation.seen == 0):
+            steps = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+            self._watching.enter_context(pruner.distilling(loss_scale(trainer) / steps))
 
     def _detach(self) -> None:
         self._watching.close()

@@ -80,6 +80,12 @@ class ChannelPruning(RoundPruning):
         monitor: Name of the logged validation metric.
         mode: ``max`` if a higher value is better, else ``min``.
         patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        distillation: Weight, in [0, 1], of what the unpruned model (as it was at the reference) says, against the loss,
+            after the first cut; 0 for none. Works with any loss; costs a second copy of the network and one forward
+            pass per batch. Scores see the gradient of both.
+        distillation_temperature: Temperature of the class probabilities that are compared.
+        distillation_module: Dotted name of the module that returns the class scores ``[batch, classes]``. Default: the
+            one child of the module with parameters, else the module itself.
         round_to: Leave multiples of so many channels in every group that is cut, for hardware that likes them.
         min_channels: Channels that every group keeps at least.
         max_group_ratio: Largest share of a group that one round may remove.
@@ -119,6 +125,9 @@ class ChannelPruning(RoundPruning):
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",
         patience_rounds: int = 1,
+        distillation: float = 0.0,
+        distillation_temperature: float = 2.0,
+        distillation_module: str | None = None,
         round_to: int = 1,
         min_channels: int = 1,
         max_group_ratio: float = 0.95,
@@ -147,6 +156,9 @@ class ChannelPruning(RoundPruning):
             tolerance=tolerance,
             mode=mode,
             patience_rounds=patience_rounds,
+            distillation=distillation,
+            distillation_temperature=distillation_temperature,
+            distillation_module=distillation_module,
             criterion=criterion,
             channel_ranking=ranking,
             normalize=normalize,

@@ -56,6 +56,12 @@ class IterativeBasisPruning(RoundPruning):
         monitor: Name of the logged validation metric.
         mode: ``max`` if a higher value is better, else ``min``.
         patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        distillation: Weight, in [0, 1], of what the unpruned model (as it was at the reference) says, against the loss,
+            after the first cut; 0 for none. Works with any loss; costs a second copy of the network and one forward
+            pass per batch. Scores see the gradient of both.
+        distillation_temperature: Temperature of the class probabilities that are compared.
+        distillation_module: Dotted name of the module that returns the class scores ``[batch, classes]``. Default: the
+            one child of the module with parameters, else the module itself.
         mean_to_bias: Move the mean output of removed bases into biases.
         min_rank: Rank that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
@@ -82,6 +88,9 @@ class IterativeBasisPruning(RoundPruning):
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",
         patience_rounds: int = 1,
+        distillation: float = 0.0,
+        distillation_temperature: float = 2.0,
+        distillation_module: str | None = None,
         mean_to_bias: bool = True,
         min_rank: int = 1,
         max_layer_ratio: float = 0.95,
@@ -102,6 +111,9 @@ class IterativeBasisPruning(RoundPruning):
             tolerance=tolerance,
             mode=mode,
             patience_rounds=patience_rounds,
+            distillation=distillation,
+            distillation_temperature=distillation_temperature,
+            distillation_module=distillation_module,
             mean_to_bias=mean_to_bias,
             min_rank=min_rank,
             max_layer_ratio=max_layer_ratio,
