@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
-from bsdp._checks import check_choice, check_normalization
+from bsdp._checks import check_choice, check_normalization, check_whole
 from bsdp.backbones import HeadKind, build_backbone
 from bsdp.layers import BasisPair
-from bsdp.training import cosine_factor, onecycle_factor, parameter_groups
+from bsdp.training import cosine_factor, onecycle_factor, parameter_groups, restarted_factor
 from bsdp.weight_files import no_weight_files
 
 Schedule = Literal["constant", "cosine", "onecycle"]
@@ -48,6 +48,9 @@ class TransferTask(LightningModule):
         lr_scheduler: ``constant``, ``cosine`` (rises for 5 % of the steps, then falls to 0), ``onecycle`` (rises for
             30 %), or any scheduler class. The named ones stretch over the whole training.
         lr_interval: How often a scheduler given as a class steps.
+        lr_restart_epoch: Epoch at which a named schedule, which has come to its end by then, starts anew over the
+            epochs that are left: with the epoch of the first cut, pruning starts from a network that has converged.
+            None: one schedule over the whole training.
         head_lr: Learning rate of the head; None for the optimizer's own.
         scale_lr: Learning rate of the scaling factors; None for the optimizer's own.
         label_smoothing: Share of every label that is spread over all classes, in [0, 1).
@@ -67,6 +70,7 @@ class TransferTask(LightningModule):
         ),
         lr_scheduler: Schedule | LRSchedulerCallable = "cosine",
         lr_interval: Literal["step", "epoch"] = "epoch",
+        lr_restart_epoch: int | None = None,
         head_lr: float | None = None,
         scale_lr: float | None = None,
         label_smoothing: float = 0.0,
@@ -76,6 +80,7 @@ class TransferTask(LightningModule):
         super().__init__()
         _check(lr_scheduler, head_lr, scale_lr, label_smoothing)
         check_choice("lr_interval", lr_interval, ("step", "epoch"))
+        _check_restart(lr_restart_epoch, lr_scheduler)
         check_normalization(normalization)
         built = build_backbone(backbone, num_classes=num_classes, weights=weights, head=head)
         if built.num_classes < 2:
@@ -91,6 +96,7 @@ class TransferTask(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        self.lr_restart_epoch = lr_restart_epoch
         self.head_lr = head_lr
         self.scale_lr = scale_lr
         self.label_smoothing = label_smoothing
@@ -208,7 +214,16 @@ class TransferTask(LightningModule):
             )
         total = max(1, int(steps))
         factor = cosine_factor if self.lr_scheduler == "cosine" else onecycle_factor
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, total=total))
+        if self.lr_restart_epoch is None:
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, total=total))
+        epochs = self.trainer.max_epochs or 0
+        if self.lr_restart_epoch >= epochs:
+            raise ValueError(
+                f"`lr_restart_epoch={self.lr_restart_epoch}` must be below `max_epochs` of the trainer, {epochs}."
+            )
+        restart = round(total * self.lr_restart_epoch / epochs)
+        restarted = partial(restarted_factor, factor=factor, restart=restart, total=total)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, restarted)
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
@@ -246,6 +261,14 @@ class TransferTask(LightningModule):
         if functions:
             self.save_hyperparameters(ignore=functions)
         self.hparams.update(num_classes=self.num_classes, normalization=self.normalization)
+
+
+def _check_restart(epoch: int | None, lr_scheduler: object) -> None:
+    if epoch is None:
+        return
+    check_whole("lr_restart_epoch", epoch, 1)
+    if lr_scheduler not in ("cosine", "onecycle"):
+        raise ValueError(f"`lr_restart_epoch={epoch}` goes with `lr_scheduler` 'cosine' or 'onecycle' only.")
 
 
 def _check(lr_scheduler: object, head_lr: float | None, scale_lr: float | None, label_smoothing: float) -> None:

@@ -1,6 +1,7 @@
 """What a transfer trains at which rate: parameter groups and the named schedule, as pure functions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -83,3 +84,21 @@ def onecycle_factor(step: int, *, total: int, rise: float = 0.3) -> float:
     top = rise * total - 1.0
     start, end, share = (0.04, 1.0, step / top) if step < top else (1.0, 4e-6, (step - top) / (total - 1.0 - top))
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def restarted_factor(step: int, *, factor: Callable[..., float], restart: int, total: int) -> float:
+    """Learning-rate factor of a schedule that runs to its end twice: until a step, and over the rest.
+
+    Args:
+        step: Optimizer steps done.
+        factor: `cosine_factor` or `onecycle_factor`.
+        restart: Steps of the first time.
+        total: Steps of the whole training.
+
+    Example:
+        >>> [round(restarted_factor(step, factor=cosine_factor, restart=2, total=6), 2) for step in range(6)]
+        [1.0, 0.5, 1.0, 0.85, 0.5, 0.15]
+    """
+    if step < restart:
+        return factor(step, total=restart)
+    return factor(step - restart, total=max(1, total - restart))

@@ -192,6 +192,40 @@ def test_named_schedules_stretch_over_the_whole_training(tmp_path: Path, schedul
     assert rates.index(max(rates)) == (0 if schedule == "cosine" else 3)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_named_schedules_start_anew_at_an_epoch(tmp_path: Path, schedule: str) -> None:
+    rates: list[float] = []
+
+    def step(optimizer: Any, *_: Any, **__: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    def run(epochs: int, **options: Any) -> list[float]:
+        model = task(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_scheduler=schedule, **options)
+        model.on_before_optimizer_step = step  # type: ignore[method-assign]
+        rates.clear()
+        trainer(tmp_path, max_epochs=epochs, limit_val_batches=0).fit(model, TinyData())
+        return list(rates)
+
+    assert run(6, lr_restart_epoch=2) == pytest.approx(run(2) + run(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_restart_epoch": 0}, "`lr_restart_epoch` must be .*1"),
+        ({"lr_restart_epoch": 2, "lr_scheduler": "constant"}, "`lr_restart_epoch=2` goes with `lr_scheduler` 'cosine'"),
+    ],
+)
+def test_restarts_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task(**options)
+
+
+def test_restart_after_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`lr_restart_epoch=3` must be below `max_epochs` of the trainer, 3"):
+        trainer(tmp_path, max_epochs=3).fit(task(lr_restart_epoch=3), TinyData())
+
+
 def test_cosine_factor_rises_falls_and_stays_at_zero() -> None:
     factors = [cosine_factor(step, total=100, warmup=0.1) for step in range(130)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
