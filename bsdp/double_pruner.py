@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from bsdp._checks import check_choice
 from bsdp.channel_pruner import SCALED, ChannelPruningSettings, ChannelStage, describe_channels, smallest_cost
 from bsdp.cost import ModelCost
-from bsdp.importance import IMPORTANCES, NoScoresError
+from bsdp.importance import DATA_FREE, IMPORTANCES, NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.pruner import BasisStage
@@ -81,7 +81,7 @@ class DoublePruningSettings(ChannelPruningSettings):
 
     order: Literal["basis_then_channel", "channel_then_basis", "alternate"] = "basis_then_channel"
     split: float | Literal["auto"] = "auto"
-    importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square"
+    importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
     min_rank: int = 1
     max_layer_ratio: float = 0.95
@@ -102,7 +102,7 @@ class DoublePruningSettings(ChannelPruningSettings):
     @property
     def needs_scores(self) -> bool:
         """Whether a cut needs scores of an epoch of training."""
-        return super().needs_scores or self.importance != "magnitude"
+        return super().needs_scores or self.importance not in DATA_FREE
 
 
 @torch.no_grad()

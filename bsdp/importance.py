@@ -19,7 +19,8 @@ from bsdp.compiling import uncompiled
 from bsdp.layers import BasisPair
 
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {"mean_square": torch.square, "mean_abs": torch.abs}
-IMPORTANCES = ("mean_square", "mean_abs", "energy", "magnitude")
+DATA_FREE = ("magnitude", "sigma_energy")
+IMPORTANCES = ("mean_square", "mean_abs", "energy", *DATA_FREE)
 
 
 def taylor_terms(scale: Tensor, gradient: Tensor) -> Tensor:
@@ -41,6 +42,28 @@ def energy(scale: Tensor, sigma: Tensor, second_moment: Tensor) -> Tensor:
 def magnitude(scale: Tensor, sigma: Tensor) -> Tensor:
     """Data-free control: ``abs(s * sigma)``."""
     return (scale * sigma).abs()
+
+
+def sigma_energy(scale: Tensor, sigma: Tensor, *, groups: int = 1) -> Tensor:
+    """Share of its layer's energy that a basis and all weaker ones of the layer hold; data-free.
+
+    Removing the lowest of all layers together down to ``1 - t`` leaves every layer the smallest rank whose cumulative
+    ``(s sigma)^2`` reaches the share `t`, the same `t` for all layers (Tayyab et al., arXiv 2105.10436).
+
+    Args:
+        scale: Scaling factors, ``[groups * rank]``.
+        sigma: Norms of the 1x1 weights per basis, ``[groups * rank]``.
+        groups: Groups of the layer, each of which is ranked on its own.
+
+    Example:
+        >>> sigma_energy(torch.ones(3), torch.tensor([3.0, 1.0, 0.0]))
+        tensor([1.0000, 0.1000, 0.0000])
+    """
+    energies = (scale * sigma).square().view(groups, -1)
+    ordered = energies.sort(dim=1, stable=True)
+    total = energies.sum(1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
+    shares = ordered.values.cumsum(1) / total
+    return torch.empty_like(shares).scatter_(1, ordered.indices, shares).flatten()
 
 
 class FeatureStatistics:
@@ -148,7 +171,8 @@ class ScoreAccumulator:
     Args:
         pairs: The pairs to score, by name.
         importance: ``"mean_square"`` (mean over minibatches of ``(s dL/ds)^2``, the default), ``"mean_abs"``,
-            ``"energy"`` or ``"magnitude"``. The last two need no gradient; energy needs `statistics` in `compute`.
+            ``"energy"``, ``"magnitude"`` or ``"sigma_energy"``. The last three need no gradient; energy needs
+            `statistics` in `compute`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -221,6 +245,9 @@ class ScoreAccumulator:
     def _compute(self, statistics: FeatureStatistics | None) -> dict[str, Tensor]:
         if self.importance == "magnitude":
             return {n: magnitude(p.scale, column_norms(p)).float() for n, p in self.pairs.items()}
+        if self.importance == "sigma_energy":
+            pairs = self.pairs.items()
+            return {n: sigma_energy(p.scale, column_norms(p), groups=p.groups).float() for n, p in pairs}
         if self.importance == "energy":
             moments = {} if statistics is None else statistics.second_moments()
             missing = [name for name in self.pairs if name not in moments]

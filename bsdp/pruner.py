@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_choice, check_share, check_whole
 from bsdp.cost import ModelCost
-from bsdp.importance import IMPORTANCES, FeatureStatistics, ScoreAccumulator
+from bsdp.importance import DATA_FREE, IMPORTANCES, FeatureStatistics, ScoreAccumulator
 from bsdp.layers import named_pairs
 from bsdp.pruning import prune
 from bsdp.rounds import RoundPruner, RoundSettings
@@ -43,7 +43,7 @@ class PruningSettings(RoundSettings):
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
     """
 
-    importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square"
+    importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
     mean_to_bias: bool = True
     min_rank: int = 1
@@ -59,7 +59,7 @@ class PruningSettings(RoundSettings):
     @property
     def needs_scores(self) -> bool:
         """Whether a cut needs scores of an epoch of training."""
-        return self.importance != "magnitude"
+        return self.importance not in DATA_FREE
 
 
 def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:

@@ -87,7 +87,7 @@ class DoublePruning(RoundPruning):
             "taylor_2016", "taylor_2019", "l1", "l2", "fpgm", "bn_scale", "activation_cumsum", "random"
         ] = "taylor_2019",
         channel_ranking: Literal["global", "per_cost", "local", "isomorphic", "priority"] = "per_cost",
-        importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square",
+        importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square",
         ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",

@@ -48,7 +48,8 @@ class IterativeBasisPruning(RoundPruning):
             or ``constant`` (the same share of the original).
         warmup_epochs: Epochs before the first cut; they give the reference value.
         epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
-        importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``energy`` or ``magnitude``.
+        importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``energy``, ``magnitude`` or
+            ``sigma_energy`` (share of a layer's energy that would be gone).
         ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of
             cost, ``hull`` cuts a layer only where it gets below its break-even rank.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
@@ -82,7 +83,7 @@ class IterativeBasisPruning(RoundPruning):
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
         warmup_epochs: int = 1,
         epochs_per_round: int = 1,
-        importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square",
+        importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square",
         ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
         tolerance: float | None = 0.01,
         monitor: str = "val_accuracy",

@@ -64,7 +64,7 @@ class TwoTemperaturePruning(RoundPruning):
         learning_rate: Step of the gates for a gradient of average size.
         interval: Optimizer steps for one step of the gates, which takes the mean of their gradients.
         importance: With `structure`, the score by which each layer's weakest bases are chosen: ``mean_square``,
-            ``mean_abs``, ``energy`` or ``magnitude``.
+            ``mean_abs``, ``energy``, ``magnitude`` or ``sigma_energy``.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
             null: prune to the budget whatever happens.
         monitor: Name of the logged validation metric.
@@ -93,7 +93,7 @@ class TwoTemperaturePruning(RoundPruning):
         penalty: float | None = None,
         learning_rate: float = 0.1,
         interval: int = 2,
-        importance: Literal["mean_square", "mean_abs", "energy", "magnitude"] = "mean_square",
+        importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square",
         tolerance: float | None = 0.01,
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",

@@ -16,6 +16,7 @@ from bsdp.importance import (
     column_norms,
     energy,
     magnitude,
+    sigma_energy,
     taylor_terms,
 )
 from bsdp.layers import BasisPair, named_pairs, to_matrix
@@ -264,6 +265,19 @@ def test_magnitude_needs_no_gradient() -> None:
     scores.update()
     expected = (pair.scale * pair.scaling.sigma).abs()
     assert relative_error(scores.compute()["conv1"], expected) < 1e-6
+
+
+def test_sigma_energy_keeps_the_smallest_ranks_that_hold_one_share_of_the_energy_in_every_layer() -> None:
+    for sigma in (torch.tensor([1.0, 4.0, 2.0]), torch.tensor([3.0, 2.9, 0.5, 0.1])):
+        scores = sigma_energy(0.5 * torch.ones_like(sigma), 2.0 * sigma)
+        ordered = sigma.sort(descending=True).values
+        for share in (0.5, 0.7, 0.9, 0.97):
+            reached = [float(ordered[:rank].square().sum() / sigma.square().sum()) for rank in range(1, len(sigma) + 1)]
+            rank = 1 + next(i for i, value in enumerate(reached) if value >= share)
+            kept = scores > 1.0 - share  # what a ranking of all layers together leaves
+            assert sigma[kept].sort(descending=True).values.tolist() == ordered[:rank].tolist()
+    grouped = sigma_energy(torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 3.0]), groups=2)
+    assert torch.allclose(grouped, torch.tensor([0.2, 1.0, 0.1, 1.0]))
 
 
 def test_energy_is_the_output_error_of_dropping_each_basis_alone() -> None:
