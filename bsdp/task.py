@@ -214,7 +214,7 @@ class TransferTask(LightningModule):
             )
         total = max(1, int(steps))
         factor = cosine_factor if self.lr_scheduler == "cosine" else onecycle_factor
-        if self.lr_restart_epoch is None:
+        if self.lr_restart_epoch is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, total=total))
         epochs = self.trainer.max_epochs or 0
         if self.lr_restart_epoch >= epochs:

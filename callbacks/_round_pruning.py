@@ -203,6 +203,8 @@ class RoundPruning(Callback, ABC):
     ) -> None:
         """Stop watching; validation must not count."""
         self._detach()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         distillation = None if self.pruner is None else self.pruner.distillation
         if distillation is not None and distillation.seen == 0 and outputs is not None:
             raise ValueError(
