@@ -53,17 +53,28 @@ def finished(row: Row) -> bool:
     return row.get("accuracy") is not None
 
 
-def below_baseline(row: Row, rows: Sequence[Row]) -> float | None:
+def skipped(row: Row) -> bool:
+    """Whether a row says that its method cannot run on this network."""
+    return row.get("skipped") is not None
+
+
+def below_baseline(row: Row, rows: Sequence[Row], *, of: str = "accuracy") -> float | None:
     """Points below the higher of the reference and the fine-tuned network of the same task and seed.
 
     None for fine-tuning itself, and where the fine-tuned network is not there: against half of the bar nothing is said.
+
+    Args:
+        row: A finished row.
+        rows: All rows.
+        of: ``accuracy`` on test images or ``validation``.
     """
     same = [other for other in rows if (other["task"], other["seed"]) == (row["task"], row["seed"]) and finished(other)]
-    tuned = [other["accuracy"] for other in same if other["method"] == FINETUNE]
-    if row["method"] == FINETUNE or not tuned:
+    tuned = [other[of] for other in same if other["method"] == FINETUNE and other.get(of) is not None]
+    if row["method"] == FINETUNE or not tuned or row.get(of) is None:
         return None
-    bar = max([*tuned, *([row["accuracy_reference"]] if row.get("accuracy_reference") is not None else [])])
-    return 100.0 * float(bar - row["accuracy"])
+    reference = row.get(f"{of}_reference")
+    bar = max([*tuned, *([] if reference is None else [reference])])
+    return 100.0 * float(bar - row[of])
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -76,11 +87,27 @@ def markdown(rows: Sequence[Row]) -> str:
         if all(loss is not None and loss < 1.0 for loss in losses):
             near.append(f"{method} ({task}, {len(runs)} {'seed' if len(runs) == 1 else 'seeds'})")
     lines += ["", NOTE, "", f"Under 1 point below the better baseline in every seed: {', '.join(near) or 'none'}."]
-    failed = [row for row in rows if not finished(row)]
+    lines += failures(rows)
+    return "\n".join(lines) + "\n"
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Lines on the runs without a result, and on the methods that were left out."""
+    lines: list[str] = []
+    failed = [row for row in rows if not finished(row) and not skipped(row)]
     if failed:
         lines += ["", "Failed:", ""]
-        lines += [f"- {row['task']}, {row['method']}, seed {row['seed']}: {row['failed']}" for row in failed]
-    return "\n".join(lines) + "\n"
+        lines += [f"- {row['task']}, {label(row)}, seed {row['seed']}: {row['failed']}" for row in failed]
+    left_out = [row for row in rows if skipped(row)]
+    if left_out:
+        lines += ["", "Left out, as they cannot run on this network:", ""]
+        lines += [f"- {row['task']}, {row['method']}: {row['skipped']}" for row in left_out]
+    return lines
+
+
+def label(row: Row) -> str:
+    """Name of a row's method, with the target where it stands at several."""
+    return str(row["method"]) if row.get("target") is None else f"{row['method']}@{row['target']:g}"
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -88,7 +115,7 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if finished(row):
-            groups.setdefault((row["task"], row["method"]), []).append(row)
+            groups.setdefault((row["task"], label(row)), []).append(row)
     return {key: sorted(runs, key=lambda run: int(run["seed"])) for key, runs in groups.items()}
 
 
@@ -171,17 +198,8 @@ def _columns(points: Sequence[tuple[float, ...]]) -> tuple[list[float], list[flo
     return [point[0] for point in points], [point[1] for point in points]
 
 
-def write_report(rows: list[Row], folder: Path) -> None:
-    """Write ``table.md`` and, once a run has finished, ``pareto.png`` from the rows."""
-    from bsdp.plots import save_figure
-
-    write_text(folder / "table.md", markdown(rows))
-    if any(finished(row) for row in rows):
-        save_figure(pareto_figure(rows), folder / "pareto.png")
-
-
-def show(paths: Sequence[Path]) -> None:
-    """Print the table of the rows in some files."""
+def rows_of(paths: Sequence[Path]) -> list[Row]:
+    """The rows of some files."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         sys.exit(f"error: `--show`: there is no file {missing[0]!r}.")
-    print(markdown([row for path in paths for row in read_rows(path)]), end="")
+    return [row for path in paths for row in read_rows(path)]

@@ -1,11 +1,17 @@
 """Compare methods on one task: the same network, data, epochs and seeds for all of them, one run after another.
 
     python benchmarks/compare.py --task fashion_mnist --methods basis,finetune+prune_tuned --seeds 0,1,2 --epochs 12
+    python benchmarks/compare.py --task mnist --methods basis,tp_taylor --targets 0.5,0.7,0.8,0.9,0.95 --seeds 0,1,2
     python benchmarks/compare.py --show benchmarks/results/compare_*/results.json
 
-A task is a file in benchmarks/tasks (or a path): network, data, epochs. A method is a file in configs/experiment (or a
-path), of which only the method is taken; `a+b` runs `b` on the weights that `a` left, half of the epochs each.
-`finetune`, all weights trained and nothing removed, is always among them: the unpruned network to compare with.
+A task is a file in benchmarks/tasks (or a path): network, data, epochs. A method is a file in configs/experiment or,
+for other libraries, in benchmarks/methods (or a path), of which only the method is taken; `a+b` runs `b` on the weights
+that `a` left, half of the epochs each. `finetune`, all weights trained and nothing removed, is always among them: the
+unpruned network to compare with.
+
+With --targets every method ends at every one of these sizes (shares of the parameters removed), whatever the accuracy.
+The table then has the accuracy at each size, the smallest network of every method that is at most 1 point below the
+unpruned one on validation images, and a verdict. A method that cannot run on the network is left out, with the reason.
 
 Further options change the task for all methods alike, a value each:
   --data.NAME, --model.NAME, --trainer.NAME   as on the command line of the project: --data.samples_per_class 100
@@ -28,7 +34,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +44,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve() != ROOT / "benchmarks")]
 
-from benchmarks import _runs  # noqa: E402
-from benchmarks._methods import EXPERIMENTS, TASKS, Method, build_methods, read_task  # noqa: E402
+from benchmarks import _frontier, _runs, _tables  # noqa: E402
+from benchmarks._methods import EXPERIMENTS, FINETUNE, PEERS, TASKS, Method, build_methods, read_task  # noqa: E402
 from benchmarks._session import Display, alone_in  # noqa: E402
-from benchmarks._tables import finished, markdown, read_rows, show, write_report, write_rows, write_text  # noqa: E402
+from benchmarks._tables import finished, read_rows, skipped, write_rows, write_text  # noqa: E402
+
+Key = tuple[str, float | None, int]
 
 
 @dataclass(frozen=True)
@@ -53,27 +61,45 @@ class Comparison:
         methods: Fine-tuning first.
         seeds: Seeds of every method.
         folder: Where the results go.
+        samples_per_class: Training images of each class; None for all.
     """
 
     task: str
     methods: list[Method]
     seeds: list[int]
     folder: Path
+    samples_per_class: int | None = None
 
     @property
     def results(self) -> Path:
         """File of the rows."""
         return self.folder / "results.json"
 
+    @property
+    def frontier(self) -> bool:
+        """Whether methods are compared at several sizes."""
+        return any(method.target is not None for method in self.methods)
+
     def configs(self, method: Method) -> tuple[Path, ...]:
         """Files of a method's stages."""
-        names = [method.name] if len(method.stages) == 1 else [f"{method.name}.{i}" for i in range(len(method.stages))]
+        label, stages = method.label, len(method.stages)
+        names = [label] if stages == 1 else [f"{label}.{i}" for i in range(stages)]
         return tuple(self.folder / "configs" / f"{name}.yaml" for name in names)
 
     def missing(self) -> list[tuple[Method, int]]:
         """Runs that have no result yet, seed by seed, so that a part of the comparison is already one."""
-        done = {(row["method"], row["seed"]) for row in read_rows(self.results) if finished(row)}
-        return [(m, seed) for seed in self.seeds for m in self.methods if (m.name, seed) not in done]
+        done = {key_of(row) for row in read_rows(self.results) if finished(row)}
+        return [(m, seed) for seed in self.seeds for m in self.methods if (m.name, m.target, seed) not in done]
+
+    def present(self) -> set[str]:
+        """Labels of the methods that have results."""
+        done = {key_of(row)[:2] for row in read_rows(self.results) if finished(row)}
+        return {method.label for method in self.methods if (method.name, method.target) in done}
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    """What a row is the result of."""
+    return row["method"], row.get("target"), row["seed"]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -81,13 +107,12 @@ def main(words: list[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     if options.show:
-        show(options.show)
+        print(report(_tables.rows_of(options.show)), end="")
         return 0
     try:
         with alone_in((comparison := _comparison(options, _overrides(rest))).folder) as handles:
             write_configs(comparison)
-            try_all(comparison, handles)
-            return run_all(comparison, handles)
+            return run_all(try_all(comparison, handles), handles)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,12 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    tasks, methods = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (TASKS, EXPERIMENTS))
+    tasks, methods, peers = (
+        ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (TASKS, EXPERIMENTS, PEERS)
+    )
     parser.add_argument("--task", help=f"one of {tasks}, or a path")
-    parser.add_argument("--methods", default="", help=f"with commas between them; of {methods}, or paths")
+    parser.add_argument("--methods", default="", help=f"with commas between them; of {methods}, {peers}, or paths")
+    parser.add_argument("--targets", default="", help="shares of the parameters to remove, such as 0.5,0.7,0.9")
     parser.add_argument("--seeds", default="0,1,2", help="whole numbers with commas between them (default: 0,1,2)")
     parser.add_argument("--epochs", type=int, help="epochs of every run (default: those of the task)")
-    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/compare_TASK)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: benchmarks/results/compare_TASK or frontier_TASK)"
+    )
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="print the table of results, run nothing")
     return parser
 
@@ -135,48 +165,98 @@ def _comparison(options: argparse.Namespace, overrides: dict[str, Any]) -> Compa
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"`--seeds` must be different whole numbers from 0 on, such as 0,1,2, got {options.seeds!r}.")
     task = read_task(options.task, overrides, options.epochs)
-    methods = build_methods([name for name in options.methods.split(",") if name], task)
-    name = Path(options.task).stem
-    folder = options.output or ROOT / "benchmarks" / "results" / f"compare_{name}"
-    return Comparison(name, methods, seeds, folder.resolve())
+    targets = _targets(options.targets)
+    methods = build_methods([name for name in options.methods.split(",") if name], task, targets)
+    name = _task_name(options.task, overrides)
+    kind = "frontier" if targets else "compare"
+    folder = options.output or ROOT / "benchmarks" / "results" / f"{kind}_{name}"
+    samples = task["data"].get("init_args", {}).get("samples_per_class")
+    return Comparison(name, methods, seeds, folder.resolve(), samples)
+
+
+def _targets(text: str) -> list[float]:
+    try:
+        targets = [float(word) for word in text.split(",") if word]
+    except ValueError:
+        targets = [0.0]
+    if not all(0.0 < target < 1.0 for target in targets) or len(set(targets)) < len(targets):
+        raise ValueError(f"`--targets` must be different shares between 0 and 1, such as 0.5,0.7,0.9, got {text!r}.")
+    return targets
+
+
+def _task_name(task: str, overrides: dict[str, Any]) -> str:
+    """Name of the task, with another network and another number of images in it: those are other tasks."""
+    name = Path(task).stem
+    if "model.backbone" in overrides:
+        name += "_" + str(overrides["model.backbone"]).rsplit(":", 1)[-1]
+    if "data.samples_per_class" in overrides:
+        name += f"_{overrides['data.samples_per_class'] or 'all'}_per_class"
+    return name
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables of rows of one or of several comparisons."""
+    at_sizes = {row["task"] for row in rows if row.get("target") is not None}
+    parts = [
+        _tables.markdown([row for row in rows if row["task"] not in at_sizes])
+        if {r["task"] for r in rows} > at_sizes
+        else "",
+        _frontier.markdown([row for row in rows if row["task"] in at_sizes]) if at_sizes else "",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def write_configs(comparison: Comparison) -> None:
     """Write the methods' configurations; refuse others than those of the rows that are there already."""
-    done = {row["method"] for row in read_rows(comparison.results) if finished(row)}
+    done = comparison.present()
     for method in comparison.methods:
         for path, stage in zip(comparison.configs(method), method.stages, strict=True):
-            text = f"# Made by benchmarks/compare.py: {method.name} on {comparison.task}.\n"
+            text = f"# Made by benchmarks/compare.py: {method.label} on {comparison.task}.\n"
             text += yaml.safe_dump(stage, sort_keys=False)
-            if path.is_file() and path.read_text(encoding="utf-8") != text and method.name in done:
+            if path.is_file() and path.read_text(encoding="utf-8") != text and method.label in done:
                 raise ValueError(
-                    f"`--output`: {comparison.folder} has results of {method.name!r} with other settings (see {path}). "
-                    "Give another folder, or the settings of before: rows of one table must be comparable."
+                    f"`--output`: {comparison.folder} has results of {method.label!r} with other settings (see "
+                    f"{path}). Give another folder, or the settings of before: rows of one table must be comparable."
                 )
             write_text(path, text)
 
 
-def try_all(comparison: Comparison, handles: tuple[int, ...]) -> None:
+def try_all(comparison: Comparison, handles: tuple[int, ...]) -> Comparison:
     """Try every method that has no result yet on one batch, so that nothing starts that cannot run.
 
+    Returns:
+        The comparison; one at several sizes without the methods that cannot run, which have rows that say why.
+
     Raises:
-        ValueError: With the reason of every method that cannot.
+        ValueError: With the reason of every method that cannot, if it is not at several sizes or fine-tuning is one.
     """
-    done = {row["method"] for row in read_rows(comparison.results) if finished(row)}
-    todo = {method.name: method for method, _ in comparison.missing() if method.name not in done}
-    reasons, display = [], Display(sys.stdout)
+    present = comparison.present()
+    done = {method.name for method in comparison.methods if method.label in present}
+    todo: dict[str, Method] = {}
+    for method, _ in comparison.missing():
+        if method.name not in done:
+            todo.setdefault(method.name, method)  # at the first of its targets; another one may be out of reach
+    reasons: dict[str, str] = {}
+    display = Display(sys.stdout)
     for method in todo.values():
         for config in comparison.configs(method):
             log = comparison.folder / "logs" / f"{config.stem}_trial.log"
             reason = _runs.try_out(config, log, tick=display.tick, handles=handles)
             if reason is not None:
-                reasons.append(f"{method.name}: {reason} (log: {log})")
+                reasons[method.name] = f"{reason} (log: {_runs.shown(log)})"
     display.clear()
-    if reasons:
-        listed = "\n  ".join(reasons)
+    if reasons and (FINETUNE in reasons or not comparison.frontier):
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
             f"`--methods`: these cannot run with the task {comparison.task!r}; leave them out:\n  {listed}"
         )
+    for name, reason in reasons.items():
+        print(f"left out: {name}: {reason}", flush=True)
+    rows = [row for row in read_rows(comparison.results) if not skipped(row)]
+    missing = {"seed": None, "accuracy": None, "commit": _runs.commit()}
+    rows += [{"task": comparison.task, "method": name, **missing, "skipped": why} for name, why in reasons.items()]
+    write_rows(comparison.results, rows)
+    return replace(comparison, methods=[method for method in comparison.methods if method.name not in reasons])
 
 
 def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
@@ -186,18 +266,29 @@ def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
     total = len(comparison.methods) * len(comparison.seeds)
     for i, (method, seed) in enumerate(missing):
         left = f", about {sum(minutes) / i * (len(missing) - i):.0f} min left" if i else ""
-        print(f"[{total - len(missing) + i + 1}/{total}] {method.name}, seed {seed}{left}", flush=True)
+        print(f"[{total - len(missing) + i + 1}/{total}] {method.label}, seed {seed}{left}", flush=True)
         row = _run(comparison, method, seed, handles)
         minutes.append(row["minutes"])
         # Rows of other methods stay; a failed one of this run is replaced, its log is not.
-        rows = [r for r in read_rows(comparison.results) if (r["method"], r["seed"]) != (method.name, seed)]
+        rows = [r for r in read_rows(comparison.results) if key_of(r) != (method.name, method.target, seed)]
         write_rows(comparison.results, [*rows, row])
         print(f"  {_said(row)}", flush=True)
         write_report([*rows, row], comparison.folder)
     rows = read_rows(comparison.results)
     write_report(rows, comparison.folder)
-    print(f"\n{markdown(rows)}\nwritten: {comparison.folder}")
-    return 0 if all(finished(row) for row in rows) else 1
+    print(f"\n{report(rows)}\nwritten: {comparison.folder}")
+    return 0 if all(finished(row) or skipped(row) for row in rows) else 1
+
+
+def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write ``table.md`` and, once a run has finished, ``pareto.png`` from the rows."""
+    from bsdp.plots import save_figure
+
+    write_text(folder / "table.md", report(rows))
+    if any(finished(row) for row in rows):
+        at_sizes = any(row.get("target") is not None for row in rows)
+        figure = _frontier.figure(rows) if at_sizes else _tables.pareto_figure(rows)
+        save_figure(figure, folder / "pareto.png")
 
 
 def _run(comparison: Comparison, method: Method, seed: int, handles: tuple[int, ...]) -> dict[str, Any]:
@@ -207,9 +298,11 @@ def _run(comparison: Comparison, method: Method, seed: int, handles: tuple[int, 
         method=method.name,
         seed=seed,
         configs=comparison.configs(method),
-        name=f"compare/{comparison.folder.name}/{method.name}",
-        log=comparison.folder / "logs" / f"{method.name}_seed{seed}.log",
+        name=f"compare/{comparison.folder.name}/{method.label}",
+        log=comparison.folder / "logs" / f"{method.label}_seed{seed}.log",
         prunes=method.prunes,
+        target=method.target,
+        samples_per_class=comparison.samples_per_class,
     )
     row = _runs.execute(run, tick=display.tick, handles=handles)
     display.clear()

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from benchmarks import _runs, compare
-from benchmarks._methods import EXPERIMENTS, TASKS, build_method, build_methods, compose, read_task
+from benchmarks._methods import EXPERIMENTS, PEERS, TASKS, build_method, build_methods, compose, read_task
 from benchmarks._runs import RunFailed
 from benchmarks._session import alone_in
-from benchmarks._tables import below_baseline, markdown, pareto_figure, pareto_front, read_rows, write_report
+from benchmarks._tables import below_baseline, markdown, pareto_figure, pareto_front, read_rows
 from bsdp import plots
 
 Config = dict[str, Any]
@@ -91,7 +91,7 @@ def words(tmp_path: Path, *more: str) -> list[str]:
 def test_every_task_and_method_makes_a_complete_configuration() -> None:
     for task in sorted(TASKS.glob("*.yaml")):
         read = read_task(str(task), {}, 60)
-        for method in sorted(EXPERIMENTS.glob("*.yaml")):
+        for method in sorted([*EXPERIMENTS.glob("*.yaml"), *PEERS.glob("*.yaml")]):
             config = build_method(str(method), read).stages[0]
             assert config["trainer"]["max_epochs"] == 60
             assert config["trainer"].get("precision") == read["trainer"].get("precision")
@@ -386,9 +386,9 @@ def test_the_picture_shows_every_run_mean_and_the_front() -> None:
 
 
 def test_the_report_is_written_with_and_without_finished_runs(tmp_path: Path) -> None:
-    write_report([{**row("c"), "accuracy": None, "failed": "no"}], tmp_path)
+    compare.write_report([{**row("c"), "accuracy": None, "failed": "no"}], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
-    write_report([row("a")], tmp_path)
+    compare.write_report([row("a")], tmp_path)
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 

@@ -1,0 +1,265 @@
+"""Methods at several sizes: accuracy at each, the smallest network within a point, and who is ahead of whom.
+
+The choice between the sizes of a method is made on validation images; the test figures of the chosen one are reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks._methods import FINETUNE
+from benchmarks._tables import Row, below_baseline, failures, finished, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALLOWED = 1.0  # points below the better baseline
+GOAL = 2.0 / 3.0  # of the parameters and of the MACs of the best peer
+_LIBRARIES = ("tp_taylor", "tp_l1", "tp_fpgm", "lightning_model_pruning")
+_PUBLISHED = (
+    "paper",
+    "sigma_truncation",
+    "energy_truncation",
+    "taylor_2016",
+    "taylor_2019",
+    "transtailor",
+    "target_aware",
+)
+PEERS = frozenset((*_LIBRARIES, *_PUBLISHED, "channel_scaling"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one size, over the seeds.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the method.
+        target: Share it was to remove; None for the unpruned network.
+        runs: Its rows, seeds ascending.
+        below: Points below the better baseline on validation images, mean over the seeds; None if not known.
+        below_test: The same on test images.
+    """
+
+    task: str
+    method: str
+    target: float | None
+    runs: tuple[Row, ...]
+    below: float | None
+    below_test: float | None
+
+    def mean(self, key: str) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(float(run[key]) for run in self.runs)
+
+    def has(self, key: str) -> bool:
+        """Whether a value is there for every seed."""
+        return all(run.get(key) is not None for run in self.runs)
+
+    @property
+    def label(self) -> str:
+        """Method and target."""
+        return self.method if self.target is None else f"{self.method}@{self.target:g}"
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """The finished rows by task, method and target, in order of appearance."""
+    groups: dict[tuple[str, str, float | None], list[Row]] = {}
+    for row in rows:
+        if finished(row):
+            groups.setdefault((row["task"], row["method"], row.get("target")), []).append(row)
+    found = []
+    for (task, method, target), runs in groups.items():
+        below = [_mean([below_baseline(run, rows, of=of) for run in runs]) for of in ("validation", "accuracy")]
+        ordered = tuple(sorted(runs, key=lambda run: int(run["seed"])))
+        found.append(Point(task, method, target, ordered, *below))
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean; None where one is missing, for a mean over other seeds would mislead."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def smallest(found: Sequence[Point], key: str) -> Point | None:
+    """Of one method's points, the smallest that is within the allowed loss on validation images; None if none is.
+
+    Args:
+        found: Points of one method on one task.
+        key: ``params_ratio`` or ``macs_ratio``.
+    """
+    near = [p for p in found if p.below is not None and p.below <= ALLOWED and p.has(key)]
+    return min(near, key=lambda point: point.mean(key), default=None)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables and verdict of every task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return "\n".join(_task([row for row in rows if row["task"] == task]) for task in tasks)
+
+
+def _task(rows: Sequence[Row]) -> str:
+    found = points(rows)
+    if not found:
+        return "\n".join([*failures(rows), ""])
+    methods = list(dict.fromkeys(point.method for point in found))
+    lines = [f"### {found[0].task}", "", *_sizes(found, methods), "", *_choices(found, methods), ""]
+    lines += [f"**{line}**" for line in verdicts(found)]
+    return "\n".join([*lines, *failures(rows), ""])
+
+
+def _sizes(found: Sequence[Point], methods: Sequence[str]) -> list[str]:
+    """Accuracy at each size."""
+    targets = sorted({p.target for p in found if p.target is not None})
+    lines = [
+        "Accuracy on test images (parameters kept / MACs kept), mean (lowest to highest) over the seeds, by the share "
+        "of the parameters that was to go:",
+        "",
+        f"| method | {' | '.join(f'{target:.0%} gone' for target in targets)} |",
+        f"{'| --- ' * (len(targets) + 1)}|",
+    ]
+    for method in methods:
+        if method == FINETUNE:
+            continue
+        cells = [next((p for p in found if (p.method, p.target) == (method, target)), None) for target in targets]
+        lines.append(f"| {method} | {' | '.join('-' if cell is None else _cell(cell) for cell in cells)} |")
+    tuned = next((p for p in found if p.method == FINETUNE), None)
+    if tuned is not None:
+        seeds = ", ".join(str(run["seed"]) for run in tuned.runs)
+        accuracy = spread([run["accuracy"] for run in tuned.runs], "{:.2%}")
+        lines += [
+            "",
+            f"Unpruned, all weights fine-tuned: {accuracy} (seeds {seeds}; {tuned.runs[0]['epochs']} epochs).",
+        ]
+    return lines
+
+
+def _cell(point: Point) -> str:
+    kept = " / ".join(f"{point.mean(key):.1%}" if point.has(key) else "-" for key in ("params_ratio", "macs_ratio"))
+    seeds = f", {len(point.runs)} seed{'s' * (len(point.runs) > 1)}"
+    return f"{spread([run['accuracy'] for run in point.runs], '{:.2%}')} ({kept}{seeds})"
+
+
+def _choices(found: Sequence[Point], methods: Sequence[str]) -> list[str]:
+    """The smallest networks of every method."""
+    lines = [
+        f"Smallest network whose validation accuracy is at most {ALLOWED:g} point below the better of the method's own "
+        "reference and the fine-tuned network (means over the seeds); test figures of that network:",
+        "",
+        "| method | by | target | accuracy | points below, validation | points below, test | parameters kept "
+        "| MACs kept | latency ratio | not zero | minutes |",
+        f"{'| --- ' * 11}|",
+    ]
+    for method in methods:
+        own = [p for p in found if p.method == method]
+        if method == FINETUNE:
+            continue
+        chosen = {key: smallest(own, key) for key in ("params_ratio", "macs_ratio")}
+        if chosen["params_ratio"] is None:
+            lines.append(f"| {method} | - | none {'| - ' * 8}|")
+        elif chosen["params_ratio"] is chosen["macs_ratio"]:
+            lines.append(_choice(chosen["params_ratio"], "both"))
+        else:
+            by = (("params_ratio", "parameters"), ("macs_ratio", "MACs"))
+            lines += [_choice(point, what) for key, what in by if (point := chosen[key]) is not None]
+    return lines
+
+
+def _choice(point: Point, by: str) -> str:
+    def show(key: str, form: str) -> str:
+        return spread([run.get(key) for run in point.runs], form)
+
+    cells = [
+        *(point.method, by, f"{point.target:g}", show("accuracy", "{:.2%}")),
+        *("-" if below is None else f"{below:+.2f}" for below in (point.below, point.below_test)),
+        *(show("params_ratio", "{:.1%}"), show("macs_ratio", "{:.1%}"), show("latency_ratio", "{:.2f}")),
+        *(show("nonzero_ratio", "{:.1%}"), show("minutes", "{:.1f}")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def is_peer(method: str) -> bool:
+    """Whether a method is somebody else's; of several stages the last one counts."""
+    return method.rsplit("+", 1)[-1] in PEERS
+
+
+def verdicts(found: Sequence[Point]) -> list[str]:
+    """Ours against the best peer: one line, or the reason why there is none."""
+    methods = {p.method for p in found if p.method != FINETUNE}
+    chosen = {
+        (method, key): smallest([p for p in found if p.method == method], key)
+        for method in methods
+        for key in ("params_ratio", "macs_ratio")
+    }
+    ours = [p for (method, _), p in chosen.items() if p is not None and not is_peer(method)]
+    if not ours:
+        return [f"No network of ours is within {ALLOWED:g} point."]
+    shares, names = {}, []
+    for key, what in (("params_ratio", "parameters"), ("macs_ratio", "MACs")):
+        peers = [p for (method, k), p in chosen.items() if k == key and p is not None and is_peer(method)]
+        best = min(peers, key=lambda point: point.mean(key), default=None)
+        # The unpruned network is the peer where no other is within a point.
+        shares[key] = 1.0 if best is None else best.mean(key)
+        names.append(f"{shares[key]:.1%} of the {what} ({'unpruned' if best is None else best.label})")
+    ratios = {p.label: [p.mean(key) / share if p.has(key) else 9.9 for key, share in shares.items()] for p in ours}
+    label = min(ratios, key=lambda name: max(ratios[name]))
+    params, macs = ratios[label]
+    met = "met" if max(params, macs) <= GOAL else "missed"
+    own = next(p for p in ours if p.label == label)
+    return [
+        f"Best of ours, {label}, keeps {own.mean('params_ratio'):.1%} of the parameters and "
+        f"{own.mean('macs_ratio'):.1%} of the MACs; the best peers keep {' and '.join(names)}: ratios {params:.2f} and {macs:.2f}, "
+        f"the goal of at most {GOAL:.2f} for both is {met} ({len(own.runs)} seeds)."
+    ]
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Accuracy against parameters and against MACs kept: a line through the means of every method.
+
+    Raises:
+        ValueError: If no run has finished or the rows are of several tasks.
+    """
+    from bsdp.plots import new_figure
+
+    found = points(rows)
+    tasks = {point.task for point in found}
+    if len(tasks) != 1:
+        raise ValueError(f"a picture shows the finished runs of one task, got those of {sorted(tasks) or 'none'}.")
+    drawn = new_figure(14.0, 5.8)
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axes, kind in zip(panels, ("params", "macs"), strict=True):
+        _draw(axes, found, kind)
+    panels[0].set_ylabel("accuracy on test images (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
+    drawn.suptitle(f"{tasks.pop()}: means over the seeds, bars from the lowest to the highest", fontsize=12)
+    return drawn
+
+
+def _draw(axes: Axes, found: Sequence[Point], kind: str) -> None:
+    from matplotlib import colormaps
+
+    from bsdp.plots import kept_axis
+
+    methods = list(dict.fromkeys(point.method for point in found))
+    colors: Any = colormaps["tab20" if len(methods) > 10 else "tab10"]
+    markers, kept, key = "oDs^vP*X<>", [100.0], f"{kind}_ratio"
+    for i, method in enumerate(methods):
+        own = sorted((p for p in found if p.method == method and p.has(key)), key=lambda point: point.mean(key))
+        shares = [100.0 * point.mean(key) for point in own]
+        accuracies = [[100.0 * run["accuracy"] for run in point.runs] for point in own]
+        means = [statistics.mean(values) for values in accuracies]
+        bars = [[m - min(v) for m, v in zip(means, accuracies, strict=True)]]
+        bars.append([max(v) - m for m, v in zip(means, accuracies, strict=True)])
+        look: dict[str, Any] = {"color": colors(i), "marker": markers[i % len(markers)], "markersize": 6, "capsize": 2}
+        axes.errorbar(shares, means, yerr=bars, linestyle="--" if is_peer(method) else "-", label=method, **look)
+        kept += shares
+        if method == FINETUNE and means:
+            low = means[0] - ALLOWED
+            axes.axhspan(low, means[0], color=colors(i), alpha=0.12, linewidth=0, label=f"{ALLOWED:g} point below it")
+    kept_axis(axes, kept, kind=kind)
