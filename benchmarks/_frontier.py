@@ -213,8 +213,8 @@ def verdicts(found: Sequence[Point]) -> list[str]:
     own = next(p for p in ours if p.label == label)
     return [
         f"Best of ours, {label}, keeps {own.mean('params_ratio'):.1%} of the parameters and "
-        f"{own.mean('macs_ratio'):.1%} of the MACs; the best peers keep {' and '.join(names)}: ratios {params:.2f} and {macs:.2f}, "
-        f"the goal of at most {GOAL:.2f} for both is {met} ({len(own.runs)} seeds)."
+        f"{own.mean('macs_ratio'):.1%} of the MACs; the best peers keep {' and '.join(names)}: ratios "
+        f"{params:.2f} and {macs:.2f}, the goal of at most {GOAL:.2f} for both is {met} ({len(own.runs)} seeds)."
     ]
 
 
