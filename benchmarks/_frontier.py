@@ -184,8 +184,9 @@ def _choice(point: Point, by: str) -> str:
 
 
 def is_peer(method: str) -> bool:
-    """Whether a method is somebody else's; of several stages the last one counts."""
-    return method.rsplit("+", 1)[-1] in PEERS
+    """Whether a method is somebody else's, or a variant of one (``tp_l1_long``); of several stages the last counts."""
+    last = method.rsplit("+", 1)[-1]
+    return last in PEERS or last.startswith(tuple(f"{name}_" for name in PEERS))
 
 
 def verdicts(found: Sequence[Point]) -> list[str]:

@@ -189,6 +189,8 @@ def _task_name(task: str, overrides: dict[str, Any]) -> str:
     name = Path(task).stem
     if "model.backbone" in overrides:
         name += "_" + str(overrides["model.backbone"]).rsplit(":", 1)[-1]
+    if "data.image_size" in overrides:
+        name += f"_{overrides['data.image_size']}px"
     if "data.samples_per_class" in overrides:
         name += f"_{overrides['data.samples_per_class'] or 'all'}_per_class"
     return name
