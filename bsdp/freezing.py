@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bsdp._checks import check_choice, check_patterns, matches
-from bsdp.layers import BasisScalingConv
+from bsdp.layers import BasisPair, BasisScalingConv
 from bsdp.surgery import module_names
 
 BATCH_NORM_MODES = ("frozen", "stats", "affine", "all")
@@ -32,7 +32,8 @@ def freeze(
             ``"affine"`` trains weight and bias only, ``"all"`` does both.
         train_bias: Whether the biases of the pairs train.
         train_weights: Whether everything trains but the batch norms, for which `batch_norm` speaks: the basis filters
-            (which do not stay orthonormal then), the 1x1 weights, biases, and the layers that were not decomposed.
+            (which do not stay orthonormal then), the 1x1 weights, the biases that the original has, and the layers
+            that were not decomposed.
     """
     check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
     modules = _unmatched_modules(model, trainable)
@@ -43,7 +44,10 @@ def freeze(
     for module in modules:
         if isinstance(module, BasisScalingConv):
             module.delta.requires_grad_(True)
-            module.bias.requires_grad_(train_bias or train_weights)
+            module.bias.requires_grad_(train_bias)
+    for pair in modules:
+        if isinstance(pair, BasisPair) and pair.had_bias and train_weights:
+            pair.scaling.bias.requires_grad_(True)
 
 
 def fixed_batch_norms(
