@@ -12,6 +12,7 @@ from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
 from bsdp.channel_selection import ChannelCost, ChannelPlan, select_channels
 from bsdp.channel_surgery import remove_channels
 from bsdp.compensated_pruner import CompensatedResult, compensated_prune
+from bsdp.compress import CompressionResult, compress
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.delta_files import AppliedDelta, load_delta, save_delta
@@ -28,6 +29,7 @@ from bsdp.optimizers import adopt_parameters
 from bsdp.plots import plot_pruning_curves
 from bsdp.pruner import IterativePruner, PruningSettings
 from bsdp.pruning import prune
+from bsdp.recalibration import recalibrate_batch_norms
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.report import summarize
 from bsdp.schedules import kept_share
@@ -49,6 +51,7 @@ __all__ = [
     "ChannelPruningSettings",
     "ChannelScores",
     "CompensatedResult",
+    "CompressionResult",
     "Decomposition",
     "Distiller",
     "DoublePruner",
@@ -77,6 +80,7 @@ __all__ = [
     "collect_output_moments",
     "compare_speed",
     "compensated_prune",
+    "compress",
     "decompose",
     "describe",
     "detach_deltas",
@@ -105,6 +109,7 @@ __all__ = [
     "read_metadata",
     "rebase",
     "rebuild",
+    "recalibrate_batch_norms",
     "remove_channels",
     "save",
     "save_delta",

@@ -1,0 +1,267 @@
+"""Making a trained network smaller in one call: no training, no labels, some hundred images, seconds to a minute.
+
+1. Every layer becomes a pair of basis and scaling layer, whose bases are those of its outputs (`bsdp.factorize`).
+2. Bases are scored (`ALLOCATIONS`), ranked over all layers, and cut to the budget (`bsdp.select`).
+3. Layers are shortened in the order in which they are called, in a few passes over the data: each gets the bases and
+   1x1 weights that reproduce the original's output best from the inputs that the layers shortened before give it
+   (`bsdp.least_squares`).
+4. Running statistics of batch norms are recomputed where held-out examples say that it helps.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp._checks import check_choice, check_whole
+from bsdp.calibration_data import CalibrationData, Examples, collect_examples
+from bsdp.compression_steps import ALLOCATIONS, basis_scores, shorten, truncate, warn_of_few_positions
+from bsdp.cost import ModelCost
+from bsdp.decompose import decompose
+from bsdp.double_pruner import output_change
+from bsdp.folding import fold
+from bsdp.layers import named_pairs
+from bsdp.probing import evaluating, first_tensor
+from bsdp.pruner import PruningSettings, refuse_unreachable
+from bsdp.recalibration import recalibrate_batch_norms
+from bsdp.selection import RANKINGS, select
+from bsdp.stats import ModelStats, describe, measure_cost
+
+Progress = Callable[[str], None]
+_LAYER_RATIO = 1.0 - 1e-9  # a layer may lose all bases but one
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` did.
+
+    Attributes:
+        model: The compressed copy, still with pairs, so that scaling factors can go on to train; `folded` is what to
+            deploy.
+        stats: Parameters and multiply-adds after and before, by layer.
+        cost: The cost of the model by rank, for reports.
+        skipped: Layers that were left as they are, and why.
+        output_change: How far the outputs on held-out examples are from the original's, see `bsdp.output_change`.
+        agreement: Share of the held-out examples with the same highest score as before; None where outputs are no class
+            scores.
+        recalibrated: Whether the statistics of the batch norms were recomputed.
+        examples: Examples that decided.
+        held_out: Examples that were held out; 0 where there were too few, and the same ones measure.
+        seconds: Time that it took.
+    """
+
+    model: nn.Module = field(repr=False)
+    stats: ModelStats = field(repr=False)
+    cost: ModelCost = field(repr=False)
+    skipped: dict[str, str] = field(repr=False)
+    output_change: float
+    agreement: float | None
+    recalibrated: bool
+    examples: int
+    held_out: int
+    seconds: float
+
+    @property
+    def folded(self) -> nn.Module:
+        """The compressed network of plain layers, see `bsdp.fold`."""
+        return fold(self.model)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank per group of every decomposed layer."""
+        return {name: pair.rank for name, pair in named_pairs(self.model).items()}
+
+    def __str__(self) -> str:
+        where = (
+            f"{self.held_out} held-out examples" if self.held_out else "the examples themselves, too few to hold out"
+        )
+        same = "" if self.agreement is None else f", the same class for {self.agreement:.1%}"
+        norms = "recomputed" if self.recalibrated else "as they were"
+        lines = [str(self.stats), f"output change {self.output_change:.4g} on {where}{same}"]
+        return "\n".join([*lines, f"batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s"])
+
+
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    target: float,
+    target_kind: str = "params",
+    metric: str = "activation",
+    allocation: str = "kl",
+    ranking: str = "hull",
+    compensate: bool = True,
+    recalibrate: bool | str = "auto",
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    images: int = 256,
+    passes: int = 6,
+    batch_size: int = 32,
+    min_rank: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Compress a trained network without training it; the given model is left as it is.
+
+    Args:
+        model: A trained network, plain or with pairs (those are shortened further).
+        data: A few hundred inputs, shuffled: a tensor, or an iterable of batches (a DataLoader, say), each a tensor,
+            ``(inputs, labels)`` or a tuple of arguments. Labels are not needed.
+        target: Share of the original model to remove, in (0, 1).
+        target_kind: What `target` counts: ``"params"`` or ``"macs"``.
+        metric: How bases are chosen, see `decompose`.
+        allocation: What decides how much each layer loses: ``"kl"``, the change of the network's own predictions;
+            ``"taylor"``, the change of the loss, which needs labels; ``"energy"``, the share of the layer's own output
+            variance.
+        ranking: How scores of different layers compare, see `select`.
+        compensate: Fit every shortened layer to the outputs of the original network.
+        recalibrate: Recompute the running statistics of batch norms: True, False, or ``"auto"``: if the outputs on
+            held-out examples then are closer to the original's.
+        include: Layers to decompose, see `decompose`.
+        exclude: Layers to leave alone, see `decompose`.
+        images: Examples to decide by; a quarter more is held out. They are kept in memory.
+        passes: Passes over the examples in which layers are shortened, those that are called first in the first one:
+            more passes know more of the errors made before, and take longer.
+        batch_size: Examples in a forward pass.
+        min_rank: Rank per group that every layer keeps at least.
+        seed: Of the random signs of ``"kl"``.
+        progress: Called with a line of text before every step, such as `print`.
+
+    Raises:
+        ValueError: If an argument is not allowed, the data are empty, NaN or lack labels that are needed, no layer can
+            be decomposed, or the target is out of reach.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(2))
+        >>> images = torch.randn(64, 3, 8, 8)
+        >>> _ = model(images)
+        >>> result = bsdp.compress(model, images, target=0.5)
+        >>> result.stats.params_kept <= 0.5
+        True
+    """
+    start = time.perf_counter()
+    _check(target_kind, metric, allocation, ranking, recalibrate, images, passes, batch_size)
+    settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
+    say = progress or (lambda _line: None)
+    found = collect_examples(data, images=images)
+    if allocation == "taylor" and found.seen.labels is None:
+        raise ValueError(
+            "`allocation='taylor'` needs labels: give batches of (inputs, labels), or choose 'kl', which does without."
+        )
+    work = copy.deepcopy(model)
+    device = next((p.device for p in work.parameters()), torch.device("cpu"))
+    example = tuple(t.to(device) for t in found.seen.take(torch.arange(1)).inputs)
+    say("decomposing")
+    skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
+    cost = _cost(work, example, settings, skipped)
+
+    def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
+        return found.seen.batches(batch_size, device)
+
+    say(f"scoring the bases of {len(cost.layers)} layers on {len(found.seen)} examples")
+    survey, scores = basis_scores(work, batches, metric=metric, allocation=allocation, seed=seed)
+    warn_of_few_positions(named_pairs(work), survey)
+    budget = (1.0 - target) * cost.original(target_kind)
+    limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
+    plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
+    if compensate:
+        shorten(model, work, plan, survey, batches, metric=metric, passes=passes, say=say)
+    else:
+        truncate(work, plan, batches)
+    say("comparing the outputs")
+    work, recalibrated, change, agreement = _finish(model, work, found, batch_size, device, recalibrate)
+    held_out = 0 if found.held_out is found.seen else len(found.held_out)
+    return CompressionResult(
+        model=work,
+        stats=describe(work, example),
+        cost=cost,
+        skipped=skipped,
+        output_change=change,
+        agreement=agreement,
+        recalibrated=recalibrated,
+        examples=len(found.seen),
+        held_out=held_out,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check(
+    target_kind: str,
+    metric: str,
+    allocation: str,
+    ranking: str,
+    recalibrate: bool | str,
+    images: int,
+    passes: int,
+    batch_size: int,
+) -> None:
+    check_choice("target_kind", target_kind, ("params", "macs"))
+    check_choice("metric", metric, ("euclidean", "activation"))
+    check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("ranking", ranking, RANKINGS)
+    if recalibrate not in (True, False, "auto"):
+        raise ValueError(f"`recalibrate` must be True, False or 'auto', got {recalibrate!r}.")
+    for name, value in (("images", images), ("passes", passes), ("batch_size", batch_size)):
+        check_whole(name, value, 2 if name == "images" else 1)
+
+
+def _cost(work: nn.Module, example: Any, settings: PruningSettings, skipped: dict[str, str]) -> ModelCost:
+    """What the network costs by rank, if it can be cut so far."""
+    if not named_pairs(work):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no layers"
+        raise ValueError(f"`model` has no layer that can be decomposed ({reasons}).")
+    cost = measure_cost(work, example)
+    refuse_unreachable(cost, settings)
+    return cost
+
+
+def _finish(
+    model: nn.Module,
+    work: nn.Module,
+    found: CalibrationData,
+    batch_size: int,
+    device: torch.device,
+    recalibrate: bool | str,
+) -> tuple[nn.Module, bool, float, float | None]:
+    """Recalibrate if that is asked for and helps; compare the outputs with the original's."""
+    wanted = _outputs(model, found.held_out, batch_size, device)
+    candidates = [] if recalibrate is True else [(work, False)]
+    if recalibrate:
+        other = copy.deepcopy(work)
+        # Batches of many examples: a batch's own statistics are noise otherwise.
+        inputs = [inputs for inputs, _ in found.seen.batches(4 * batch_size, device)]
+        norms = recalibrate_batch_norms(other, inputs)
+        candidates += [(other, True)] if norms or recalibrate is True else []
+    results = []
+    for network, done in candidates:
+        outputs = _outputs(network, found.held_out, batch_size, device)
+        results.append((output_change(wanted, outputs), network, done, _agreement(wanted, outputs)))
+    change, network, done, agreement = min(results, key=lambda result: result[0])
+    return network, done, change, agreement
+
+
+def _outputs(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> Tensor:
+    with evaluating(model):
+        outputs = [first_tensor(model(*inputs)) for inputs, _ in examples.batches(batch_size, device)]
+    if any(output is None for output in outputs):
+        raise ValueError(
+            "`model` gives no tensor of numbers with an axis for the examples: its outputs cannot be compared."
+        )
+    whole = torch.cat([output for output in outputs if output is not None])
+    if not whole.isfinite().all():
+        raise ValueError(
+            "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
+        )
+    return whole
+
+
+def _agreement(before: Tensor, after: Tensor) -> float | None:
+    if before.dim() != 2 or before.shape[1] < 2:
+        return None
+    return float((before.argmax(1) == after.argmax(1)).double().mean())
