@@ -10,6 +10,7 @@ A pair that was cut has no square layer any more: both train, with basis filters
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, column_matrix, matrix_of, weight_of
+from bsdp.layers import BasisPair, matrix_of, weight_of
 
 
 def square_factor(pair: BasisPair) -> nn.Parameter | None:
@@ -29,62 +30,54 @@ def square_factor(pair: BasisPair) -> nn.Parameter | None:
     return factor
 
 
-def hold_square_factors(pairs: Mapping[str, BasisPair], *, rescale: bool = True) -> None:
-    """Fix the square layer of every pair at full rank; the function of the pairs does not change.
+def condition_factors(pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Optimizer] = ()) -> bool:
+    """Fix the square layer of every pair at full rank, let both layers of the others train; functions do not change.
+
+    Call it before training, and after every cut and re-base. It changes nothing where nothing is to be done.
 
     Args:
         pairs: Pairs whose weights train, see `bsdp.freeze`.
-        rescale: Bring the square layers to unit length; False when they have it, as in a run that is resumed.
-    """
-    for pair in pairs.values():
-        factor = square_factor(pair)
-        if factor is None:
-            continue
-        if rescale:
-            _rescale(pair, _row_lengths(pair) if factor is not pair.scaling.weight else 1.0 / _column_lengths(pair))
-        factor.requires_grad_(False)
-
-
-def release_cut_factors(pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Optimizer] = ()) -> bool:
-    """Let both layers of every pair train that was cut since `hold_square_factors`, with filters of unit length.
-
-    Args:
-        pairs: The same pairs.
-        optimizers: Optimizers that hold them; what they remember of the rescaled weights is dropped.
+        optimizers: Optimizers that hold them; what they remember of rescaled weights is dropped.
 
     Returns:
-        Whether there was any.
+        Whether another set of parameters trains now.
     """
-    optimizers = list(optimizers)
-    released = [pair for pair in pairs.values() if pair.rank < pair.full_rank and not _trains(pair)]
-    for pair in released:
-        _rescale(pair, _row_lengths(pair))
-        for parameter in (weight_of(pair.basis), pair.scaling.weight):
-            parameter.requires_grad_(True)
-        for optimizer in optimizers:
-            for parameter in pair.parameters():
+    optimizers, changed = list(optimizers), False
+    for pair in pairs.values():
+        fixed = square_factor(pair)
+        if _far_from_unit(_lengths(pair, fixed), exact=fixed is not None):
+            _rescale(pair, _lengths(pair, fixed), by_columns=fixed is pair.scaling.weight)
+            for optimizer, parameter in itertools.product(optimizers, pair.parameters()):
                 optimizer.state.pop(parameter, None)
-    return bool(released)
+        for weight in (weight_of(pair.basis), pair.scaling.weight):
+            changed = changed or weight.requires_grad != (weight is not fixed)
+            weight.requires_grad_(weight is not fixed)
+    return changed
 
 
-def _trains(pair: BasisPair) -> bool:
-    return weight_of(pair.basis).requires_grad and pair.scaling.weight.requires_grad
-
-
-def _row_lengths(pair: BasisPair) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(to_float64(matrix_of(pair.basis).detach()), dim=2)
+def _lengths(pair: BasisPair, fixed: nn.Parameter | None) -> Tensor:
+    """Lengths of the columns, if it is the 1x1 layer that is fixed, else of the basis filters, ``[groups, rank]``."""
+    columns = pair.scaling.weight.detach().view(pair.groups, pair.out_per_group, pair.rank)
+    rows = columns.mT if fixed is pair.scaling.weight else matrix_of(pair.basis).detach()
+    lengths: Tensor = torch.linalg.vector_norm(to_float64(rows), dim=2)
     return lengths
 
 
-def _column_lengths(pair: BasisPair) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(to_float64(column_matrix(pair)), dim=1)
-    return lengths
+def _far_from_unit(lengths: Tensor, *, exact: bool) -> bool:
+    """Fixed layers are of unit length but for rounding; those that train may drift."""
+    low, high = (0.99, 1.01) if exact else (0.5, 2.0)
+    far = ((lengths < low) & (lengths > 0)) | (lengths > high)
+    return bool(far.any()) and bool(lengths.isfinite().all())
 
 
 @torch.no_grad()
-def _rescale(pair: BasisPair, lengths: Tensor) -> None:
-    """Divide the basis filters by `lengths`, ``[groups, rank]``, multiply the columns by it; factors become 1."""
-    lengths = torch.where(lengths.isfinite() & (lengths > 0), lengths, torch.ones_like(lengths))
-    columns = to_float64(column_matrix(pair)) * lengths[:, None, :]
+def _rescale(pair: BasisPair, lengths: Tensor, *, by_columns: bool) -> None:
+    """Make columns or basis filters of these lengths ``[groups, rank]`` unit vectors; the others take them over."""
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    if by_columns:
+        lengths = 1.0 / lengths
+    columns = to_float64(pair.scaling.weight).view(pair.groups, pair.out_per_group, pair.rank) * lengths[:, None, :]
     basis = to_float64(matrix_of(pair.basis)) / lengths[:, :, None]
-    pair.set_factors(basis, columns, torch.linalg.vector_norm(columns, dim=1))
+    delta = pair.scaling.delta.detach().clone()
+    pair.set_factors(basis, columns, to_float64(pair.scaling.sigma).view_as(lengths) * lengths)
+    pair.scaling.delta.copy_(delta)
