@@ -24,6 +24,7 @@ from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
 from bsdp.rounds import RoundPruner, RoundSettings
 from bsdp.scale_hooks import scales_of
+from bsdp.sparsifiers import add_l1_gradient
 from bsdp.stats import described_layers, layer_rows, measure_cost, measure_positions
 from bsdp.widths import widths_of
 
@@ -58,7 +59,8 @@ class ChannelPruningSettings(RoundSettings):
         threshold: Remove no channel of at least this importance; None for no limit.
         theta: Share of the cumulative sum of activations that the ranking ``"priority"`` keeps.
         macs_penalty: What a channel's importance loses per share of the MACs that it costs (Molchanov et al. 2016).
-        l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``).
+        l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``) until the last
+            cut.
         exclude: Names of layers whose channels must stay.
         seed: Of ``"random"``.
         mean_to_bias: Move the mean of removed channels (and bases) into the biases of the layers that read them, where
@@ -156,13 +158,14 @@ class ChannelStage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the scores of the gradients that stand now, and then the gradient of the L1 penalty to them."""
+        """Add the scores of the gradients that stand now."""
         self._computed = None
         self.scores.update()
+
+    def penalise(self) -> None:
+        """Add the gradient of the L1 penalty."""
         if self.settings.l1:
-            for weight in self.penalised():
-                if weight.grad is not None:
-                    weight.grad.add_(weight.sign(), alpha=self.settings.l1)
+            add_l1_gradient(self.penalised(), self.settings.l1)
 
     def penalised(self) -> list[Tensor]:
         """What the L1 penalty is on: channel factors, or the batch-norm weights of the groups."""

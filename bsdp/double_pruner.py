@@ -28,6 +28,7 @@ from bsdp.pruner import BasisStage
 from bsdp.record import RoundRecord
 from bsdp.rounds import RoundPruner, Stage
 from bsdp.selection import RANKINGS
+from bsdp.sparsifiers import check_sparsifier
 from bsdp.stats import measure_cost
 from bsdp.structure import set_shape, shape_of
 from bsdp.surgery import load_tensors
@@ -72,6 +73,9 @@ class DoublePruningSettings(ChannelPruningSettings):
         split: Share of the removal that bases take, in [0, 1], or ``"auto"``: found on validation data.
         importance: Score of bases, see `ScoreAccumulator`.
         ranking: How bases of different layers compare, see `select`.
+        sparsifier: ``"l1"``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
+            factors, see `bsdp.sparsifiers`. Scores do not see it.
+        sparsity_weight: Weight of the penalty.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
     """
@@ -83,10 +87,13 @@ class DoublePruningSettings(ChannelPruningSettings):
     split: float | Literal["auto"] = "auto"
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    sparsifier: Literal["none", "l1"] = "none"
+    sparsity_weight: float = 0.0
     min_rank: int = 1
     max_layer_ratio: float = 0.95
 
     def __post_init__(self) -> None:
+        check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_choice("order", self.order, ORDERS)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("ranking", self.ranking, RANKINGS)

@@ -17,6 +17,7 @@ from bsdp.layers import named_pairs
 from bsdp.pruning import prune
 from bsdp.rounds import RoundPruner, RoundSettings
 from bsdp.selection import RANKINGS, PruningPlan, select
+from bsdp.sparsifiers import add_l1_gradient, check_sparsifier
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class PruningSettings(RoundSettings):
         distillation: Weight, in [0, 1], of what the unpruned model says against the labels, see `Distiller`; 0: none.
         distillation_temperature: See `distillation_loss`.
         distillation_module: Name of the module that returns the class scores; None for the network.
+        sparsifier: ``"l1"``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
+            factors, see `bsdp.sparsifiers`. Scores do not see it.
+        sparsity_weight: Weight of the penalty.
         mean_to_bias: Move the mean output of removed bases into the bias.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
@@ -45,11 +49,14 @@ class PruningSettings(RoundSettings):
 
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    sparsifier: Literal["none", "l1"] = "none"
+    sparsity_weight: float = 0.0
     mean_to_bias: bool = True
     min_rank: int = 1
     max_layer_ratio: float = 0.95
 
     def __post_init__(self) -> None:
+        check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("ranking", self.ranking, RANKINGS)
@@ -107,6 +114,12 @@ class BasisStage:
     def update(self) -> None:
         """Add the scores of the gradients that stand now."""
         self.scores.update()
+
+    def penalise(self) -> None:
+        """Add the gradient of the L1 penalty on the scaling factors."""
+        if self.settings.sparsifier == "l1":
+            deltas = (pair.scaling.delta for pair in self.pairs.values())
+            add_l1_gradient(deltas, self.settings.sparsity_weight, origin=-1.0)
 
     def reset(self) -> None:
         """Forget all scores."""

@@ -110,6 +110,9 @@ class Stage(Protocol):
     def update(self) -> None:
         """Add the scores of the gradients that stand now; once per optimizer step."""
 
+    def penalise(self) -> None:
+        """Add the gradients of penalties to those that stand now; after `update`, while a cut is still to come."""
+
     def reset(self) -> None:
         """Forget all scores."""
 
@@ -238,7 +241,9 @@ class RoundPruner:
         return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
 
     def update(self, optimizer: Optimizer | None = None) -> None:
-        """Add the scores of the gradients that stand now; once per optimizer step.
+        """Add the scores of the gradients that stand now, then penalties to the gradients; once per optimizer step.
+
+        Penalties only prepare cuts: none is added after the last one.
 
         Args:
             optimizer: The one that is about to step, where there are several; stages that it does not concern wait.
@@ -246,6 +251,8 @@ class RoundPruner:
         for stage in self.stages.values():
             if optimizer is None or stage.holds(optimizer):
                 stage.update()
+                if not self.stopped and self.scheduled < self.settings.rounds:
+                    stage.penalise()
 
     @contextmanager
     def collecting(self, scale: float = 1.0) -> Iterator[None]:

@@ -92,7 +92,7 @@ class ChannelPruning(RoundPruning):
         threshold: Only remove channels whose importance is below it, whatever the budget says. Default: no limit.
         theta: Share of the cumulative sum that ``ranking: priority`` keeps, in (0, 1).
         macs_penalty: What a channel's importance loses per share of the MACs it costs; 0.001 in the paper of 2016.
-        l1: L1 penalty on batch-norm weights (``bn_scale``) or channel factors (``channel_scaling``).
+        l1: L1 penalty on batch-norm weights (``bn_scale``) or channel factors (``channel_scaling``) until the last cut.
         freeze: Freeze all weights but the head, so that the factors alone train. Default: for ``channel_scaling`` and
             ``transtailor`` on a plain module; a decomposed module stays as `BasisDecomposition` froze it.
         exclude: Names of layers whose channels must stay, relative to the network.

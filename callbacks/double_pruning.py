@@ -52,6 +52,9 @@ class DoublePruning(RoundPruning):
         monitor: Name of the logged validation metric.
         mode: ``max`` if a higher value is better, else ``min``.
         patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        sparsifier: ``l1``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
+            factors, so that fewer bases matter when they are cut. Scores do not see it.
+        sparsity_weight: Weight of that penalty.
         distillation: Weight, in [0, 1], of what the unpruned model (as it was at the reference) says, against the loss,
             after the first cut; 0 for none. Works with any loss; costs a second copy of the network and one forward
             pass per batch. Scores see the gradient of both.
@@ -97,6 +100,8 @@ class DoublePruning(RoundPruning):
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",
         patience_rounds: int = 1,
+        sparsifier: Literal["none", "l1"] = "none",
+        sparsity_weight: float = 0.0,
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
@@ -123,6 +128,8 @@ class DoublePruning(RoundPruning):
             tolerance=tolerance,
             mode=mode,
             patience_rounds=patience_rounds,
+            sparsifier=sparsifier,
+            sparsity_weight=sparsity_weight,
             distillation=distillation,
             distillation_temperature=distillation_temperature,
             distillation_module=distillation_module,

@@ -136,12 +136,19 @@ def test_everything_is_restored_before_the_first_step(tmp_path: Path, moment: An
     assert all(parameter == value for parameter, value in look.shapes)
 
 
-@pytest.mark.parametrize("moment", [("on_train_epoch_end", 1), ("on_train_epoch_end", 3)])
-def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: Any) -> None:
-    whole, pruning, _ = fit(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("moment", "prune"),
+    [
+        (("on_train_epoch_end", 1), {}),
+        (("on_train_epoch_end", 3), {}),
+        (("on_train_epoch_end", 3), {"distillation": 0.5}),
+    ],
+)
+def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: Any, prune: dict[str, Any]) -> None:
+    whole, pruning, _ = fit(tmp_path / "whole", prune=prune)
     with pytest.raises(Stopped):
-        fit(tmp_path, SaveAt(*moment))
-    module, resumed, _ = fit(tmp_path, ckpt=tmp_path / "kept.ckpt")
+        fit(tmp_path, SaveAt(*moment), prune=prune)
+    module, resumed, _ = fit(tmp_path, ckpt=tmp_path / "kept.ckpt", prune=prune)
     assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
     assert resumed.record.rounds == pruning.record.rounds
 
