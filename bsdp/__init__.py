@@ -24,6 +24,8 @@ from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
 from bsdp.freezing import fixed_batch_norms, freeze
 from bsdp.importance import FeatureStatistics, ScoreAccumulator
+from bsdp.latency import LatencyTable, LayerLatency
+from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
 from bsdp.optimizers import adopt_parameters
 from bsdp.plots import plot_pruning_curves
@@ -59,7 +61,9 @@ __all__ = [
     "ExportReport",
     "FeatureStatistics",
     "IterativePruner",
+    "LatencyTable",
     "LayerCost",
+    "LayerLatency",
     "LayerStats",
     "ModelCost",
     "ModelStats",
@@ -98,6 +102,7 @@ __all__ = [
     "load_delta",
     "measure_cost",
     "measure_latency",
+    "measure_latency_table",
     "named_deltas",
     "named_pairs",
     "output_change",

@@ -174,7 +174,12 @@ def _from_safetensors(path: Path) -> Artifact:
 
 def _decompose_by_plan(network: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a network the ranks and biases of a plan that `bsdp.load` has checked; the values mean nothing."""
-    ranks = {name: {"rank": entry["rank"]} for name, entry in plan.items() if entry["kind"] != "plain"}
+    # A pair that was saved as one layer is described as one, also where only measured times said so.
+    ranks = {
+        name: {"rank": entry["rank"]} | ({"pair_limit": 0} if entry["kind"] == "fused" else {})
+        for name, entry in plan.items()
+        if entry["kind"] != "plain"
+    }
     rebuild(network, {"version": STRUCTURE_VERSION, "pairs": ranks})
     for name, pair in named_pairs(network).items():
         with torch.no_grad():

@@ -53,6 +53,7 @@ COMMANDS = {
     "benchmark": Command(
         "bsdp.commands:benchmark", "time the original and the pruned network side by side", positional=False
     ),
+    "latency": Command("bsdp.commands:latency", "time every layer by rank and save the table for budgets of latency"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the words ``export``, ``describe`` and ``benchmark`` of the command line do, as functions."""
+"""What the words ``export``, ``describe``, ``benchmark`` and ``latency`` of the command line do, as functions."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,10 @@ from bsdp import export as _export
 from bsdp._checks import check_at_least
 from bsdp._compare import largest_difference, tolerance_for
 from bsdp.artifacts import Artifact, UnknownNetworkError, load_artifact
+from bsdp.decompose import decompose
 from bsdp.export import refuse_existing, written_beside
 from bsdp.files import load, save
+from bsdp.latency_measuring import measure_latency_table
 from bsdp.probing import evaluating
 from bsdp.reading import reason_of
 from bsdp.speed import compare_speed
@@ -134,6 +136,59 @@ def benchmark(
         seconds=seconds,
     )
     return f"{_title(artifact, example)}\n{comparison}"
+
+
+def latency(
+    target: str,
+    output: str,
+    batch_size: int = 1,
+    multiple: int = 8,
+    threads: int | None = None,
+    repeats: int = 15,
+    image_size: int | None = None,
+    channels_last: bool = False,
+    device: str = "cpu",
+    force: bool = False,
+) -> str:
+    """Time every layer that can be decomposed, as one layer and as a pair of several ranks, and save the table.
+
+    `IterativeBasisPruning` goes by it with ``latency_table: FILE``: for budgets of latency, and to leave layers alone
+    that are faster as one layer.
+
+    Args:
+        target: Run folder (its pruned.ckpt is taken), checkpoint, pruned.safetensors, or the name of a backbone such as
+            ``bsdp:resnet20``. A network that is not decomposed yet is, with the default settings.
+        output: File to write, JSON.
+        batch_size: Images in a pass: that of later use.
+        multiple: Ranks to time are multiples of it, as wide as the vectors of the hardware.
+        threads: Threads of torch. Default: what torch takes by itself.
+        repeats: Timed passes per rank, after 2 passes that warm up.
+        image_size: Height and width of the images. Default: those of the run, or of the pretraining.
+        channels_last: Time with channels last.
+        device: ``cpu`` or ``cuda``.
+        force: Replace an existing file.
+    """
+    place, path = _device(device), Path(output).expanduser()
+    refuse_existing(path, force=force)
+    artifact = load_artifact(target, backbones=True)
+    example, network = _example(artifact, image_size), artifact.decomposed
+    if not artifact.is_pruned:
+        decompose(network, example_input=example)
+    network.to(place)
+    example = example.to(place)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+        example = example.contiguous(memory_format=torch.channels_last)
+    table = measure_latency_table(
+        network, example, batch_size=batch_size, multiple=multiple, threads=threads, repeats=repeats
+    )
+    table.save(path, force=force)
+    pays = sum(layer.pair_limit > 0 for layer in table.layers.values())
+    return (
+        f"{_title(artifact, example)}\n{path}: {table.original_ns / 1e6:.3g} ms for {batch_size} image(s), "
+        f"{100 * table.fixed_ns / table.original_ns:.0f} % of it outside of the {len(table.layers)} decomposed layers; "
+        f"{pays} of them can get faster"
+    )
 
 
 def _title(artifact: Artifact, example: Tensor) -> str:

@@ -211,12 +211,14 @@ class BasisPair(nn.Module):
             weight or bias, or passes more than the input. Such a pair folds to one layer: removing bases saves nothing.
         watched: Whether uses count for `whole` now; `measure_cost` and `describe` set it while they run the model.
         reads: How often the model read the weight in the last run that was watched.
+        pair_limit: The largest rank at which it is deployed as two layers, by measured times; None: as its weights say.
     """
 
     def __init__(self, layer: nn.Module, *, rank: int | None = None) -> None:
         super().__init__()
         self.whole = self.watched = False
         self.reads = 0
+        self.pair_limit: int | None = None
         weight, outputs = weight_of(layer), layer_outputs(layer)
         self.groups = layer_groups(layer)
         self.transposed = is_transposed(layer)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp._checks import check_choice, check_share, check_whole
-from bsdp.cost import ModelCost
+from bsdp.cost import BASIS_KINDS, ModelCost
 from bsdp.importance import DATA_FREE, IMPORTANCES, FeatureStatistics, ScoreAccumulator
 from bsdp.layers import named_pairs
 from bsdp.pruning import prune
 from bsdp.rounds import RoundPruner, RoundSettings
-from bsdp.selection import RANKINGS, PruningPlan, select
+from bsdp.selection import RANKINGS, PruningPlan, least_rank, select
 from bsdp.sparsifiers import add_l1_gradient, check_sparsifier
+from bsdp.stats import limit_pairs
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class PruningSettings(RoundSettings):
 
     Attributes:
         target: Share of the original model to remove, in (0, 1).
-        target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"bases"``.
+        target_kind: What `target` counts: ``"params"``, ``"macs"``, ``"bases"`` or, with a latency table in the cost,
+            ``"latency"``.
         rounds: Number of cuts.
         schedule: How the removal is spread over the rounds, see `kept_share`.
         warmup_epochs: Epochs before the first cut.
@@ -45,7 +47,10 @@ class PruningSettings(RoundSettings):
         mean_to_bias: Move the mean output of removed bases into the bias.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one cut may remove.
+        rank_multiple: Ranks that layers are cut to are multiples of it, see `select`; 1 for any rank.
     """
+
+    kinds: ClassVar[Sequence[str]] = BASIS_KINDS
 
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
@@ -54,6 +59,7 @@ class PruningSettings(RoundSettings):
     mean_to_bias: bool = True
     min_rank: int = 1
     max_layer_ratio: float = 0.95
+    rank_multiple: int = 1
 
     def __post_init__(self) -> None:
         check_sparsifier(self.sparsifier, self.sparsity_weight)
@@ -61,6 +67,7 @@ class PruningSettings(RoundSettings):
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("ranking", self.ranking, RANKINGS)
         check_whole("min_rank", self.min_rank, 1)
+        check_whole("rank_multiple", self.rank_multiple, 1)
         super().__post_init__()
 
     @property
@@ -70,9 +77,9 @@ class PruningSettings(RoundSettings):
 
 
 def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:
-    """What would be gone with `min_rank` in every layer: the ceiling of any target."""
-    kind = settings.target_kind
-    return 1.0 - cost.smallest(kind, min_rank=settings.min_rank) / cost.original(kind)
+    """What would be gone with the least rank in every layer: the ceiling of any target."""
+    kind, least = settings.target_kind, least_rank(settings.min_rank, settings.rank_multiple)
+    return 1.0 - cost.smallest(kind, min_rank=least) / cost.original(kind)
 
 
 def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
@@ -80,8 +87,9 @@ def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
     most = largest_removable_share(cost, settings)
     if settings.target > most:
         raise ValueError(
-            f"`target={settings.target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, "
-            f"{most:.1%} of the {settings.target_kind} would be gone (head, batch norms and layers that are not "
+            f"`target={settings.target}` is out of reach: with rank "
+            f"{least_rank(settings.min_rank, settings.rank_multiple)} in every decomposed layer, {most:.1%} of the "
+            f"{settings.target_kind} would be gone (head, batch norms and layers that are not "
             f"decomposed stay). Choose a target below {most:.3f}, or decompose more layers."
         )
 
@@ -148,6 +156,7 @@ class BasisStage:
             ranking=self.settings.ranking,
             min_rank=self.settings.min_rank,
             max_layer_ratio=self.settings.max_layer_ratio,
+            rank_multiple=self.settings.rank_multiple,
         )
 
     def apply(self, plan: PruningPlan, optimizers: Iterable[Optimizer]) -> bool:
@@ -214,7 +223,9 @@ class IterativePruner(RoundPruner):
             raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
         self.stage = self.new_stage(part, settings)
         super().__init__(model, settings, cost, {"basis": self.stage}, network=network, monitor=monitor)
-        if settings.target_kind != "macs" or cost.fixed_macs is not None:
+        self._timed = cost
+        limit_pairs(part, cost)
+        if cost.knows(settings.target_kind):
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
 
@@ -225,6 +236,18 @@ class IterativePruner(RoundPruner):
     def check_target(self) -> None:
         """Refuse a target beyond `largest_removable_share`."""
         refuse_unreachable(self.cost, self.settings)
+
+    def set_cost(self, cost: ModelCost) -> None:
+        """Replace the cost; measured times stay."""
+        super().set_cost(_with_times_of(self._timed, cost))
+
+    def measured_cost(self) -> ModelCost:
+        """The cost, with the measured times of the run that goes on, or else with those that this one began with."""
+        cost = _with_times_of(self._timed, self.cost)
+        if not self.record.cost.knows("latency"):
+            self.record.cost = cost
+        limit_pairs(self.network, cost)
+        return cost
 
     @property
     def pairs(self) -> dict[str, Any]:
@@ -240,3 +263,14 @@ class IterativePruner(RoundPruner):
     def statistics(self) -> FeatureStatistics:
         """Feature statistics since the last cut."""
         return self.stage.statistics
+
+
+def _with_times_of(before: ModelCost, cost: ModelCost) -> ModelCost:
+    """A cost with the measured times of another one of the same network, unless it has its own."""
+    if cost.fixed_latency is not None or before.fixed_latency is None:
+        return cost
+    layers = {
+        name: replace(layer, latency=before.layers[name].latency, pair_limit=before.layers[name].pair_limit)
+        for name, layer in cost.layers.items()
+    }
+    return replace(cost, layers=layers, fixed_latency=before.fixed_latency)

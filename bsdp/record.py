@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bsdp.cost import LayerCost, ModelCost
+from bsdp.latency import LayerLatency
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RoundRecord:
         channels: Output channels of every layer whose channels can be pruned; empty where only bases are.
         layers: One row per layer as in a summary, where the cost of the record cannot tell because channels went.
         stage: What the cut removed, where there is a choice.
+        latency: Nanoseconds of a pass of the whole folded model by the latency table; None without one.
     """
 
     round: int
@@ -40,6 +42,7 @@ class RoundRecord:
     channels: dict[str, int] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     stage: str = ""
+    latency: int | None = None
 
 
 @dataclass
@@ -50,7 +53,7 @@ class PruningRecord:
         monitor: Name of the validation metric.
         mode: ``"max"`` or ``"min"``.
         target: Share to remove.
-        target_kind: ``"params"``, ``"macs"`` or ``"bases"``.
+        target_kind: ``"params"``, ``"macs"``, ``"bases"`` or ``"latency"``.
         tolerance: Largest allowed fall of the metric below the reference; None for no limit.
         network: Dotted name of the plain network inside the module ("" for the module itself); what is exported.
         cost: Cost of the model as a function of its ranks.
@@ -81,11 +84,11 @@ class PruningRecord:
         self.rounds[-1] = replace(self.rounds[-1], **changes)
 
     def original(self, kind: str) -> int:
-        """Params, macs, bases or channels of the original network."""
+        """Params, macs, bases, latency or channels of the original network."""
         return sum(self.rounds[0].channels.values()) if kind == "channels" else self.cost.original(kind)
 
     def kept(self, record: RoundRecord, kind: str) -> float | None:
-        """Share of the original params, macs, bases or channels that a round keeps; None when there are none."""
+        """Share of the original params, macs, bases, latency or channels a round keeps; None when there are none."""
         value = sum(record.channels.values()) if kind == "channels" else getattr(record, kind)
         return None if value is None or not self.original(kind) else value / self.original(kind)
 
@@ -98,6 +101,7 @@ class PruningRecord:
             "fixed_params": self.cost.fixed_params,
             "fixed_macs": self.cost.fixed_macs,
             "new_bias": self.cost.new_bias,
+            "fixed_latency": self.cost.fixed_latency,
         }
         return state
 
@@ -108,5 +112,10 @@ class PruningRecord:
                 setattr(self, key, value)
         self.rounds = [RoundRecord(**r) for r in state["rounds"]]
         cost = dict(state["cost"])
-        layers = {name: LayerCost(**layer) for name, layer in cost.pop("layers").items()}
+        layers = {name: _layer_cost(layer) for name, layer in cost.pop("layers").items()}
         self.cost = ModelCost(layers=layers, **cost)
+
+
+def _layer_cost(values: Mapping[str, Any]) -> LayerCost:
+    times = values.get("latency")
+    return LayerCost(**{**values, "latency": None if times is None else LayerLatency(**times)})

@@ -149,6 +149,7 @@ def _sizes(record: PruningRecord, chosen: RoundRecord, measured: Measurements) -
         "macs_original": macs[0],
         "macs_pruned": macs[1],
         "macs_kept": macs[1] / macs[0] if macs[0] and macs[1] is not None else None,
+        "latency_kept": record.kept(chosen, "latency"),
         "bases_original": record.cost.original("bases"),
         "bases_pruned": chosen.bases,
         "bases_kept": record.kept(chosen, "bases"),
@@ -188,7 +189,7 @@ def _layers(record: PruningRecord, chosen: RoundRecord) -> list[dict[str, Any]]:
 
 def _round(record: PruningRecord, entry: RoundRecord) -> dict[str, Any]:
     values = {key: value for key, value in vars(entry).items() if key not in ("ranks", "layers", "channels")}
-    return {**values, "params_kept": record.kept(entry, "params"), "macs_kept": record.kept(entry, "macs")}
+    return {**values, **{f"{kind}_kept": record.kept(entry, kind) for kind in ("params", "macs", "latency")}}
 
 
 def _met_tolerance(record: PruningRecord, chosen: RoundRecord) -> bool | None:

@@ -163,6 +163,8 @@ def _explanations(summary: Mapping[str, Any]) -> list[str]:
             f"Latency: batch size {summary['latency_batch_size']}, {threads} thread{'' if threads == 1 else 's'}, "
             f"{summary['latency_device']}, both networks in turn."
         )
+    if summary["latency_kept"] is not None:
+        lines.append(f"By the latency table of the run {100 * summary['latency_kept']:.1f} % of the time is kept.")
     return lines + [f"Note: {note}" for note in summary["notes"]]
 
 
@@ -179,7 +181,7 @@ def _validation(summary: Mapping[str, Any]) -> list[str]:
     name, original, pruned = summary["monitor"], summary["validation_reference"], summary["validation_pruned"]
     kept, words = (
         summary[f"{summary['target_kind']}_kept"],
-        {"params": "parameters", "macs": "MACs", "bases": "bases", "channels": "channels"},
+        {"params": "parameters", "macs": "MACs", "latency": "latency", "bases": "bases", "channels": "channels"},
     )
     goal = f"target: {100 * summary['target']:.3g} % of the {words[summary['target_kind']]} gone"
     lines = [f"{goal}." if kept is None else f"{goal}; reached: {100 * (1 - kept):.1f} %."]

@@ -482,6 +482,7 @@ class RoundPruner:
             params=cost.deployed(ranks, "params"),
             macs=None if cost.fixed_macs is None else cost.deployed(ranks, "macs"),
             accuracy_before=before,
+            latency=None if cost.fixed_latency is None else cost.deployed(ranks, "latency"),
         )
         return self.describe(record)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
-from bsdp.cost import COST_KINDS, LayerCost, ModelCost
+from bsdp.cost import BASIS_KINDS, LayerCost, ModelCost
 
 RANKINGS = ("importance", "per_cost", "hull")
 
@@ -52,11 +52,16 @@ class _Units:
     cost: LayerCost
     order: Tensor  # [groups, rank] positions inside the group, weakest first
     importance: list[float]  # [rank], ascending
-    most: int  # how many may be removed
+    stops: list[int]  # numbers of units that may be gone, ascending from 0
 
     @property
     def rank(self) -> int:
         return len(self.importance)
+
+    @property
+    def most(self) -> int:
+        """How many may be removed."""
+        return self.stops[-1]
 
     def keep(self, removed: int) -> Tensor:
         local = self.order[:, removed:].sort(1).values
@@ -82,6 +87,7 @@ def select(
     ranking: str = "importance",
     min_rank: int = 1,
     max_layer_ratio: float = 0.95,
+    rank_multiple: int = 1,
 ) -> PruningPlan:
     """Plan the removal of the weakest bases of a model.
 
@@ -90,23 +96,27 @@ def select(
         cost: The model's cost (see `measure_cost`).
         ratio: Share of the units alive now to remove, in (0, 1). Give this or `budget`.
         budget: Cost that may remain in the whole model, in units of `kind`. The plan removes no more than needed.
-        kind: What `budget` counts: ``"params"``, ``"macs"`` or ``"bases"``.
+        kind: What `budget` counts: ``"params"``, ``"macs"``, ``"bases"`` or, by a latency table, ``"latency"``.
         ranking: ``"importance"`` removes the least important first; ``"per_cost"`` the least important per unit of
             cost; ``"hull"`` ranks segments of each layer's lower convex hull of (importance lost, cost saved), so that
             a layer is only cut when the cut gets below its break-even rank. With `ratio` every unit costs 1, and the
             three agree.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one plan may remove.
+        rank_multiple: Ranks that a layer is cut to are multiples of it (or all that it has), as wide as the vectors of
+            the hardware; 1 for any rank. The least rank is then the least multiple from `min_rank` on.
 
     Returns:
-        The plan. Layers that lose nothing are in it with their full `keep`.
+        The plan. Layers that lose nothing are in it with their full `keep`. Where the cost knows measured times, a
+        layer that would be deployed as one layer anyway loses nothing.
 
     Raises:
         ValueError: If an argument is not allowed or scores are negative, NaN or infinite.
     """
-    check_choice("kind", kind, COST_KINDS)
+    check_choice("kind", kind, BASIS_KINDS)
     check_choice("ranking", ranking, RANKINGS)
     check_whole("min_rank", min_rank, 1)
+    check_whole("rank_multiple", rank_multiple, 1)
     check_share("max_layer_ratio", max_layer_ratio)
     if (ratio is None) == (budget is None):
         raise ValueError("give either `ratio` or `budget`.")
@@ -116,7 +126,7 @@ def select(
         check_at_least("budget", budget, 0)
     _check_names(importance, cost)
     units = [
-        _units(name, scores.detach().cpu().double(), cost.layers[name], min_rank, max_layer_ratio)
+        _units(name, scores.detach().cpu().double(), cost.layers[name], min_rank, max_layer_ratio, rank_multiple)
         for name, scores in importance.items()
     ]
     available: float
@@ -130,6 +140,8 @@ def select(
     for i, (unit, table) in enumerate(zip(units, tables, strict=True)):
         steps += _hull_steps(i, unit, table) if ranking == "hull" else _single_steps(i, unit, ranking, kind)
     removed, reached = _remove(units, tables, steps, available)
+    if kind not in ("units", "bases"):
+        removed = [_worth_it(unit, count) for unit, count in zip(units, removed, strict=True)]
     return PruningPlan(
         keep={u.name: u.keep(n) for u, n in zip(units, removed, strict=True)},
         ranks_before={u.name: u.rank for u in units},
@@ -168,7 +180,14 @@ def _check_names(importance: Mapping[str, Tensor], cost: ModelCost) -> None:
         raise ValueError(f"`importance` and `cost` must be of the same layers; only one of them has {odd[0]!r}.")
 
 
-def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_ratio: float) -> _Units:
+def least_rank(min_rank: int, multiple: int) -> int:
+    """The least rank that a plan leaves, given `min_rank` and `rank_multiple` of `select`."""
+    return -(-min_rank // multiple) * multiple
+
+
+def _units(
+    name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_ratio: float, multiple: int = 1
+) -> _Units:
     size, groups = scores.numel(), cost.groups
     if scores.dim() != 1 or size % groups or not 1 <= size // groups <= cost.full_rank:
         raise ValueError(
@@ -180,8 +199,15 @@ def _units(name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
     floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
-    floor = floor if cost.cuttable else rank
-    return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), rank - floor)
+    floor = min(least_rank(floor, multiple), rank) if cost.cuttable else rank
+    stops = [0, *(rank - kept for kept in range(rank - 1, floor - 1, -1) if kept % multiple == 0)]
+    return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), stops)
+
+
+def _worth_it(unit: _Units, removed: int) -> int:
+    """How many units go: none where, by measured times, the layer stays one layer all the same."""
+    fused = unit.rank - removed > unit.cost.largest_useful_rank
+    return 0 if fused and unit.cost.pair_limit is not None else removed
 
 
 def _cost_table(unit: _Units, kind: str, new_bias: bool) -> list[float]:
@@ -211,8 +237,8 @@ def _single_steps(layer: int, unit: _Units, ranking: str, kind: str) -> Iterator
     divisor = 1.0
     if ranking == "per_cost":
         divisor = 1.0 if kind == "units" else float(unit.cost.slope(kind))  # the slope below break-even
-    for value in unit.importance[: unit.most]:
-        yield _Step(value / divisor, layer, 1)
+    for start, end in itertools.pairwise(unit.stops):
+        yield _Step(sum(unit.importance[start:end]) / (end - start) / divisor, layer, end - start)
 
 
 def _hull_steps(layer: int, unit: _Units, table: list[float]) -> Iterator[_Step]:
@@ -222,7 +248,7 @@ def _hull_steps(layer: int, unit: _Units, table: list[float]) -> Iterator[_Step]
         lost.append(lost[-1] + value)
     saved = [table[unit.rank] - table[unit.rank - k] for k in range(unit.most + 1)]
     hull = [0]
-    for k in range(1, unit.most + 1):
+    for k in unit.stops[1:]:
         if saved[k] <= saved[hull[-1]] and len(hull) == 1:
             continue  # still above break-even: nothing saved
         while len(hull) > 1 and _slope(saved, lost, hull[-2], hull[-1]) > _slope(saved, lost, hull[-2], k):

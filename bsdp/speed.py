@@ -144,7 +144,7 @@ def compare_speed(
     macs = {name: count_macs(network, image) for name, network in networks.items()}
     copies = {(name, layout): _laid_out(networks[name], layout) for layout in layouts for name in networks}
     speeds: list[Speed] = []
-    with _threads(threads):
+    with using_threads(threads):
         for size in batch_sizes:
             batches = {layout: image.repeat(size, 1, 1, 1).to(memory_format=_FORMATS[layout]) for layout in layouts}
             calls = {key: partial(network, batches[key[1]]) for key, network in copies.items()}
@@ -164,7 +164,7 @@ def _laid_out(network: nn.Module, layout: str) -> nn.Module:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def using_threads(count: int | None) -> Iterator[None]:
     """Set the number of threads and restore it."""
     before = torch.get_num_threads()
     try:

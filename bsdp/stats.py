@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bsdp.compiling import uncompiled
 from bsdp.cost import LayerCost, ModelCost, Positions, layer_cost
+from bsdp.latency import LatencyTable
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.scale_hooks import scales_of
@@ -146,6 +147,7 @@ def measure_cost(
     example_input: Tensor | tuple[Tensor, ...] | None = None,
     *,
     new_bias: bool = True,
+    latency: LatencyTable | None = None,
 ) -> ModelCost:
     """Measure what a decomposed model costs as a function of its ranks.
 
@@ -153,7 +155,16 @@ def measure_cost(
         model: A decomposed model.
         example_input: One example, batch size 1. None leaves MACs unmeasured.
         new_bias: Whether `prune` will be given means, which turn into biases that count as parameters.
+        latency: Measured times of this model's layers. They count as the kind ``"latency"``, and the pairs are told
+            from which rank down they are deployed as two layers.
+
+    Raises:
+        ValueError: If the table is of another network.
     """
+    if latency is not None:
+        cost = measure_cost(model, example_input, new_bias=new_bias).with_latency(latency)
+        limit_pairs(model, cost)
+        return cost
     pairs = named_pairs(model)
     inside = {id(p) for pair in pairs.values() for p in pair.parameters()}
     inside |= {id(scales.weight) for scales in map(scales_of, model.modules()) if scales is not None}  # they fold away
@@ -166,6 +177,13 @@ def measure_cost(
     products = sum(pair.reads * pair.rank * layers[name].fused for name, pair in pairs.items())
     macs = (count_macs(model, example_input) - products) // _batch_size(as_inputs(example_input))
     return ModelCost(layers, fixed_params, macs - inner, new_bias)
+
+
+def limit_pairs(model: nn.Module, cost: ModelCost) -> None:
+    """Tell the pairs of a model from which rank down they are deployed as two layers, where times were measured."""
+    for name, pair in named_pairs(model).items():
+        if cost.layers[name].latency is not None:
+            pair.pair_limit = cost.layers[name].pair_limit
 
 
 def measure_positions(

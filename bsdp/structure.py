@@ -26,17 +26,23 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"version": 1, "pairs": {name: {"rank": int}}}`` with every name of a pair that has several; ``"whole": True``
-        stands beside the rank of pairs that must stay one layer. A model that lost channels has ``"widths"``, too (see
-        `widths_of`), and one with channel scales ``"scales"`` (see `scales_as_values`), one with sparse
-        deltas ``"deltas"`` (see `deltas_of`).
+        stands beside the rank of pairs that must stay one layer, ``"pair_limit"`` where times were measured. A model
+        that lost channels has ``"widths"``, too (see `widths_of`), and one with channel scales ``"scales"`` (see
+        `scales_as_values`), one with sparse deltas ``"deltas"`` (see `deltas_of`).
     """
     pairs = {
-        name: {"rank": module.rank, "whole": True} if module.whole else {"rank": module.rank}
+        name: {"rank": module.rank} | _marks_of(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BasisPair)
     }
     deltas = deltas_of(model)
     return {"version": STRUCTURE_VERSION, "pairs": pairs, **shape_of(model)} | ({"deltas": deltas} if deltas else {})
+
+
+def _marks_of(pair: BasisPair) -> dict[str, Any]:
+    """What is known of a pair's deployment besides its rank."""
+    marks: dict[str, Any] = {"whole": True} if pair.whole else {}
+    return marks if pair.pair_limit is None else marks | {"pair_limit": pair.pair_limit}
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:
@@ -100,7 +106,8 @@ def rebuild(
         if isinstance(pair, BasisPair) and pair.rank != rank:
             pair.resize(rank)
     for name, pair in named_pairs(model).items():
-        pair.whole = structure["pairs"].get(name, {}).get("whole") is True
+        entry = structure["pairs"].get(name, {})
+        pair.whole, pair.pair_limit = entry.get("whole") is True, entry.get("pair_limit")
 
 
 @contextmanager
@@ -202,6 +209,9 @@ def _checked_pairs(structure: Mapping[str, Any]) -> dict[str, int]:
                 f"the saved structure gives layer {shown(name)} the rank {shown(rank)}; a rank is an integer of at "
                 "least 1."
             )
+        limit = entry.get("pair_limit")
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise ValueError(f"the saved structure gives layer {shown(name)} the `pair_limit` {shown(limit)}.")
         ranks[name] = rank
     return ranks
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_whole
-from bsdp.cost import ModelCost
+from bsdp.cost import COST_KINDS, ModelCost
 from bsdp.importance import NoScoresError
 from bsdp.pruner import BasisStage, IterativePruner, PruningSettings
 from bsdp.rank_patterns import RankPattern
@@ -33,6 +33,8 @@ class TwoTemperatureSettings(PruningSettings):
         interval: Steps of the weights for one of the gates.
         start: Initial theta.
     """
+
+    kinds: ClassVar[Sequence[str]] = COST_KINDS
 
     search_epochs: int = 5
     hard: float = 20.0
@@ -131,6 +133,7 @@ class TwoTemperatureStage(BasisStage):
             ranking="importance",  # what a basis costs is in its gate already
             min_rank=self.settings.min_rank,
             max_layer_ratio=_ALL,
+            rank_multiple=self.settings.rank_multiple,
         )
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:

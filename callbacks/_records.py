@@ -70,7 +70,7 @@ def structure_values(record: PruningRecord) -> dict[str, float]:
     """The present structure as logged values, see the table of `IterativeBasisPruning`."""
     last = record.rounds[-1]
     values = {"bsdp/round": float(last.round)}
-    for kind in ("bases", "params", "macs"):
+    for kind in ("bases", "params", "macs", "latency"):
         value, kept = getattr(last, kind), record.kept(last, kind)
         if value is not None and kept is not None:
             values[f"bsdp/{kind}"], values[f"bsdp/{kind}_kept"] = float(value), kept
@@ -84,7 +84,7 @@ def structure_values(record: PruningRecord) -> dict[str, float]:
 def describe_cut(record: PruningRecord) -> str:
     """What the newest cut left, in words."""
     last = record.rounds[-1]
-    kept = {kind: record.kept(last, kind) for kind in ("params", "macs")}
+    kept = {kind: record.kept(last, kind) for kind in ("params", "macs", "latency")}
     shown = [f"{value:.1%} of the {kind}" for kind, value in kept.items() if value is not None]
     if last.ranks:
         shown.append(f"{last.bases} bases")

@@ -132,7 +132,7 @@ class RoundPruning(Callback, ABC):
     def _build(self, pl_module: LightningModule, cost: ModelCost, network: str, shapes: list[list[int]]) -> None:
         self.pruner = self.build(pl_module, cost, network=network, shapes=shapes)
         self.record.input_shapes = shapes
-        if self.settings.target_kind != "macs" or cost.fixed_macs is not None:
+        if self.record.cost.knows(self.settings.target_kind):
             self._print_ceiling()
         if cost.fixed_macs is not None:
             self._print_whole()

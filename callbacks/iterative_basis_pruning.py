@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from bsdp._checks import check_at_least
+from bsdp._checks import check_at_least, check_whole
+from bsdp.callbacks._latency import table_for_run
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
+from bsdp.latency import LatencyTable
 from bsdp.layers import named_pairs
 from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
+from bsdp.selection import least_rank
 
 
 class IterativeBasisPruning(RoundPruning):
@@ -34,7 +37,8 @@ class IterativeBasisPruning(RoundPruning):
     ``bsdp/bases``               live bases
     ``bsdp/params``              parameters of the folded network, head included
     ``bsdp/macs``                multiply-adds of the folded network for one example
-    ``bsdp/bases_kept``, ...     the same as shares of the original (``params_kept``, ``macs_kept``)
+    ``bsdp/latency``             nanoseconds of a pass by the latency table, where there is one
+    ``bsdp/bases_kept``, ...     the same as shares of the original (``params_kept``, ``macs_kept``, ``latency_kept``)
     ``bsdp/rank/<layer>``        rank per group of each layer
     ``bsdp/accuracy_before``     monitored value at the last validation before a cut
     ``bsdp/accuracy_after``      monitored value at the first validation after it
@@ -42,7 +46,8 @@ class IterativeBasisPruning(RoundPruning):
 
     Args:
         target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
-        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``bases``.
+        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds), ``bases`` or ``latency`` (time by a
+            table of the layers on one machine, so that the run and its resumption do not depend on the machine's day).
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left)
             or ``constant`` (the same share of the original).
@@ -69,6 +74,12 @@ class IterativeBasisPruning(RoundPruning):
         mean_to_bias: Move the mean output of removed bases into biases.
         min_rank: Rank that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
+        rank_multiple: Layers are cut to ranks that are multiples of it, as wide as the vectors of the hardware; 1 for
+            any rank.
+        latency_table: File of `bsdp latency`. Default: with ``target_kind: latency`` the table is measured as the run
+            begins, and written into the run folder. With any other `target_kind` a table says which layers are
+            faster as one layer. A resumed run goes on with the table it began with.
+        latency_batch_size: Examples in a pass when the table is measured.
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
 
@@ -81,7 +92,7 @@ class IterativeBasisPruning(RoundPruning):
         self,
         *,
         target: float = 0.7,
-        target_kind: Literal["params", "macs", "bases"] = "params",
+        target_kind: Literal["params", "macs", "bases", "latency"] = "params",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
         warmup_epochs: int = 1,
@@ -100,6 +111,9 @@ class IterativeBasisPruning(RoundPruning):
         mean_to_bias: bool = True,
         min_rank: int = 1,
         max_layer_ratio: float = 0.95,
+        rank_multiple: int = 1,
+        latency_table: str | None = None,
+        latency_batch_size: int = 1,
         restore_best: bool = True,
         save_pruned: bool = True,
     ) -> None:
@@ -125,14 +139,39 @@ class IterativeBasisPruning(RoundPruning):
             mean_to_bias=mean_to_bias,
             min_rank=min_rank,
             max_layer_ratio=max_layer_ratio,
+            rank_multiple=rank_multiple,
         )
         super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
         self.new_bias = mean_to_bias
+        check_whole("latency_batch_size", latency_batch_size, 1)
+        self.latency_table, self.latency_batch_size = latency_table, latency_batch_size
+        self.table: LatencyTable | None = None
+        self.needs_example = target_kind == "latency" or latency_table is not None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything runs."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.table = None
+            if self.latency_table is not None:
+                LatencyTable.load(self.latency_table)
 
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
     ) -> IterativePruner:
-        """Make the pruner."""
+        """Make the pruner, with the latency table if there is to be one."""
+        saved = None if self._loaded is None else self._loaded.get("latency_table")
+        if self.needs_example or saved is not None:
+            self.table = table_for_run(
+                pl_module,
+                cost,
+                network=network,
+                shapes=shapes,
+                path=self.latency_table,
+                saved=saved,
+                batch_size=self.latency_batch_size,
+            )
+            cost = cost if self.table is None else cost.with_latency(self.table)
         return IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
 
     def check_module(self, pl_module: LightningModule) -> None:
@@ -148,10 +187,15 @@ class IterativeBasisPruning(RoundPruning):
         if self._pruner().needs_gradients:
             check_scales(trainer.optimizers, named_pairs(self._pruner().network))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, the latency table included."""
+        state = super().state_dict()
+        return state | {"latency_table": self.table.to_values()} if state and self.table is not None else state
+
     def ceiling(self) -> str:
         """The largest target, in words."""
         share = largest_removable_share(self.record.cost, self.settings)
         return (
-            f"with rank {self.settings.min_rank} in every decomposed layer, {share:.1%} of the "
-            f"{self.settings.target_kind} would be gone: no target goes beyond"
+            f"with rank {least_rank(self.settings.min_rank, self.settings.rank_multiple)} in every decomposed layer, "
+            f"{share:.1%} of the {self.settings.target_kind} would be gone: no target goes beyond"
         )

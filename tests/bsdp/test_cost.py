@@ -135,5 +135,5 @@ def test_model_cost_refuses_unmeasured_macs_and_unknown_kinds() -> None:
     cost = ModelCost({"a": conv_cost(8, 16, 3)})
     with pytest.raises(ValueError, match="MACs were not measured"):
         cost.original("macs")
-    with pytest.raises(ValueError, match="`kind` must be one of 'params', 'macs', 'bases', got 'flops'"):
+    with pytest.raises(ValueError, match="`kind` must be one of 'params', 'macs', 'bases', 'latency', got 'flops'"):
         cost.original("flops")

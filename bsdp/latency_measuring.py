@@ -1,0 +1,244 @@
+"""Timing the layers of a decomposed network at several ranks, inside the network that they are part of."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp._checks import check_at_least, check_whole
+from bsdp.compiling import uncompiled
+from bsdp.cost import LayerCost
+from bsdp.folding import empty_folded
+from bsdp.latency import LatencyTable, LayerLatency
+from bsdp.layers import BasisPair, named_pairs, weight_of
+from bsdp.probing import as_inputs, evaluating
+from bsdp.speed import using_threads
+from bsdp.stats import measure_cost
+
+_FUSED = 0  # the rank that stands for one layer
+
+
+def measure_latency_table(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    batch_size: int = 1,
+    multiple: int = 8,
+    points: int = 6,
+    repeats: int = 15,
+    warmup: int = 2,
+    threads: int | None = None,
+) -> LatencyTable:
+    """Time every decomposed layer as one layer and as a pair at several ranks.
+
+    In each pass of the network all layers have about the same share of their rank, and every layer's time is taken
+    inside the pass, so that caches and inputs are those of real use. Ranks take turns, medians count, and times that
+    fall as the rank rises are averaged. The model is left as it is; its present ranks and values do not matter.
+
+    Args:
+        model: A decomposed model, on the device and in the memory layout (``model.to(memory_format=...)``) to measure.
+        example_input: Input (or tuple of inputs) with one example, on that device.
+        batch_size: Examples in the timed pass: that of later use.
+        multiple: Times are taken at ranks that are multiples of it, as wide as the vectors of the hardware.
+        points: Ranks to time per layer, at most; at least 2.
+        repeats: Timed passes per rank.
+        warmup: Passes before them.
+        threads: Threads for torch; None for what is set. The setting is restored afterwards.
+
+    Raises:
+        ValueError: If an argument is not allowed or nothing is decomposed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        >>> _ = bsdp.decompose(model)
+        >>> table = bsdp.measure_latency_table(model, torch.zeros(1, 3, 8, 8), repeats=1)
+        >>> table.layers["0"].ranks
+        (1, 8, 10)
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("multiple", multiple, 1), ("points", points, 2)):
+        check_whole(name, value, least)
+    check_whole("repeats", repeats, 1)
+    check_at_least("warmup", warmup, 0)
+    if not named_pairs(model):
+        raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
+    one = as_inputs(example_input)
+    costs = measure_cost(model, one).layers
+    inputs = tuple(_repeated(value, batch_size) for value in one)
+    grids = {name: rank_grid(cost, multiple=multiple, points=points) for name, cost in costs.items()}
+    pairs = {name: pair for name, pair in named_pairs(model).items() if not costs[name].whole}
+    with torch.random.fork_rng():
+        clocks = {name: _Clock(pair, grids[name]) for name, pair in pairs.items()}
+    cuda = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
+    with using_threads(threads), torch.inference_mode():
+        fixed = _run(model, inputs, clocks, points=points, repeats=repeats, warmup=warmup, cuda=cuda)
+        used = torch.get_num_threads()
+    layers = {name: _layer_latency(costs[name], clocks.get(name)) for name in costs}
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    shapes = tuple(tuple(value.shape) for value in one if isinstance(value, Tensor))
+    facts = {"threads": used, "device": device, "torch_version": str(torch.__version__)}
+    return LatencyTable(layers, fixed, batch_size, shapes, multiple, **facts)  # type: ignore[arg-type]
+
+
+def rank_grid(cost: LayerCost, *, multiple: int, points: int) -> tuple[int, ...]:
+    """Ranks at which to time a layer: 1, multiples, and the largest at which a pair has fewer weights than one layer.
+
+    Args:
+        cost: Of the layer.
+        multiple: What the ranks between are multiples of.
+        points: How many ranks at most, at least 2.
+    """
+    top = LayerCost(**{**vars(cost), "pair_limit": None}).largest_useful_rank
+    if top < 1:
+        return ()
+    between = list(range(multiple, top, multiple))
+    count = min(len(between), points - 2)
+    chosen = {between[(2 * i + 1) * len(between) // (2 * count)] for i in range(count)}
+    return tuple(sorted({1, *chosen, top}))
+
+
+def rising(times: Iterable[float]) -> list[int]:
+    """The nearest sequence (in squares) of whole numbers that never falls, by pooling neighbours that do."""
+    pools: list[tuple[float, int]] = []
+    for value in times:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] > mean:
+            last, count = pools.pop()
+            mean, size = (last * count + mean * size) / (count + size), size + count
+        pools.append((mean, size))
+    return [round(mean) for mean, size in pools for _ in range(size)]
+
+
+@dataclass
+class _Clock:
+    """Stands in for a pair's forward pass and adds up how long it takes.
+
+    Attributes:
+        pair: The pair.
+        ranks: Its grid.
+        times: By rank, nanoseconds per pass of the network.
+    """
+
+    pair: BasisPair
+    ranks: tuple[int, ...]
+    times: dict[int, list[int]] = field(default_factory=dict)
+    spent: int = 0
+    rank: int = _FUSED
+
+    def __post_init__(self) -> None:
+        self.forms = _forms(self.pair, self.ranks)
+
+    def at(self, share: float) -> None:
+        """Take the rank at a share of the grid; without a grid stay one layer."""
+        self.rank = self.ranks[round(share * (len(self.ranks) - 1))] if self.ranks else _FUSED
+
+    def forward(self, synchronize: Callable[[], None], *arguments: Any, **named: Any) -> Any:
+        """What the pair's forward is while times are taken."""
+        synchronize()
+        start = time.perf_counter_ns()
+        outputs = self.forms[self.rank](*arguments, **named)
+        synchronize()
+        self.spent += time.perf_counter_ns() - start
+        return outputs
+
+    def take(self) -> int:
+        """Note and return what was spent since the last call."""
+        spent, self.spent = self.spent, 0
+        self.times.setdefault(self.rank, []).append(spent)
+        return spent
+
+
+def _forms(pair: BasisPair, ranks: tuple[int, ...]) -> dict[int, nn.Module]:
+    """The folded forms of a pair by rank, in the memory layout of the pair; the bases share one weight."""
+    basis = weight_of(pair.basis)
+    channels_last = basis.dim() == 4 and basis.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last and not basis.is_contiguous() else torch.preserve_format
+    forms: dict[int, nn.Module] = {}
+    largest: nn.Parameter | None = None
+    for rank in sorted((_FUSED, *ranks), reverse=True):
+        form = empty_folded(pair, kind="pair" if rank else "fused", rank=rank or pair.full_rank, bias=True)
+        form.requires_grad_(False).eval().to(memory_format=layout)
+        if isinstance(form, nn.Sequential) and not pair.transposed:
+            largest = nn.Parameter(weight_of(form[0]), requires_grad=False) if largest is None else largest
+            form[0].weight = nn.Parameter(largest[: pair.groups * rank], requires_grad=False)
+        forms[rank] = form
+    for form in forms.values():
+        for parameter in form.parameters():
+            # Unwritten memory, and features that fade away, hold numbers on which processors are slow.
+            bound = math.sqrt(6.0 / max(1, parameter.numel() // parameter.shape[0]))
+            parameter.uniform_(-bound, bound)
+    return forms
+
+
+def _run(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    clocks: Mapping[str, _Clock],
+    *,
+    points: int,
+    repeats: int,
+    warmup: int,
+    cuda: bool,
+) -> int:
+    """Time all passes; return the median time that the layers have no part in."""
+    synchronize = torch.cuda.synchronize if cuda else _nothing
+    rest: list[int] = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(_standing_in(clocks, synchronize))
+        for turn in range(warmup + repeats):
+            if turn == warmup:
+                for clock in clocks.values():
+                    clock.times.clear()
+            for level in range(points + 1):
+                for clock in clocks.values():
+                    clock.rank = _FUSED
+                    if level:
+                        clock.at((level - 1) / (points - 1))
+                synchronize()
+                start = time.perf_counter_ns()
+                model(*inputs)
+                synchronize()
+                whole = time.perf_counter_ns() - start
+                inside = sum([clock.take() for clock in clocks.values()])
+                if turn >= warmup:
+                    rest.append(max(0, whole - inside))
+    return round(statistics.median(rest))
+
+
+@contextmanager
+def _standing_in(clocks: Mapping[str, _Clock], synchronize: Callable[[], None]) -> Iterator[None]:
+    """Let the clocks run instead of the pairs' own forward passes."""
+    try:
+        for clock in clocks.values():
+            clock.pair.forward = partial(clock.forward, synchronize)  # type: ignore[method-assign]
+        yield
+    finally:
+        for clock in clocks.values():
+            vars(clock.pair).pop("forward", None)
+
+
+def _layer_latency(cost: LayerCost, clock: _Clock | None) -> LayerLatency:
+    geometry = (cost.fan_in, cost.out_channels, cost.groups)
+    if clock is None or not any(clock.times[_FUSED]):
+        return LayerLatency(*geometry, fused_ns=0)
+    medians = {rank: statistics.median(times) for rank, times in clock.times.items()}
+    pair = rising(medians[rank] for rank in clock.ranks)
+    return LayerLatency(*geometry, round(medians[_FUSED]), clock.ranks, tuple(pair))
+
+
+def _repeated(value: Any, count: int) -> Any:
+    return value.repeat(count, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _nothing() -> None:
+    """Calls on the CPU end when they return."""
