@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 import bsdp
+from bsdp._checks import check_whole
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
@@ -21,6 +22,7 @@ from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, m
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._random_states import random_states, restore_random_states
+from bsdp.callbacks._recalibration import recalibrate
 from bsdp.callbacks._records import describe_cut, structure_values
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
@@ -40,19 +42,29 @@ class RoundPruning(Callback, ABC):
         monitor: Name of the logged validation metric.
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
+        recalibration_batches: Training batches on which batch norms are recalibrated after each cut.
     """
 
     needs_example = False  # whether the pruner can only be built with an example of the network's input
     new_bias = False  # whether cuts move means into biases, which then count
 
     def __init__(
-        self, settings: RoundSettings, *, rounds: int | None, monitor: str, restore_best: bool, save_pruned: bool
+        self,
+        settings: RoundSettings,
+        *,
+        rounds: int | None,
+        monitor: str,
+        restore_best: bool,
+        save_pruned: bool,
+        recalibration_batches: int = 0,
     ) -> None:
+        check_whole("recalibration_batches", recalibration_batches, 0)
         self.settings: Any = settings
         self.rounds = rounds
         self.monitor = monitor
         self.restore_best = restore_best
         self.save_pruned = save_pruned
+        self.recalibration_batches = recalibration_batches
         self.pruner: RoundPruner | None = None
         self.checkpoint_path: Path | None = None
         self.weights_path: Path | None = None
@@ -384,6 +396,8 @@ class RoundPruning(Callback, ABC):
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
             forget_graphs()
+            if self.recalibration_batches:
+                recalibrate(trainer, pl_module, self.recalibration_batches)
             rank_zero_info(
                 f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
                 f"{pruner.settings.rounds} {describe_cut(self.record)}"

@@ -80,6 +80,8 @@ class ChannelPruning(RoundPruning):
         monitor: Name of the logged validation metric.
         mode: ``max`` if a higher value is better, else ``min``.
         patience_rounds: Rounds in a row that may end below the tolerance; 1 stops after the first.
+        recalibration_batches: After each cut, recompute the running statistics of all batch norms on so many training
+            batches, in eval mode; 0 for none. See `bsdp.recalibrate_batch_norms`.
         distillation: Weight, in [0, 1], of what the unpruned model (as it was at the reference) says, against the loss,
             after the first cut; 0 for none. Works with any loss; costs a second copy of the network and one forward
             pass per batch. Scores see the gradient of both.
@@ -125,6 +127,7 @@ class ChannelPruning(RoundPruning):
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",
         patience_rounds: int = 1,
+        recalibration_batches: int = 0,
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
@@ -173,7 +176,14 @@ class ChannelPruning(RoundPruning):
             seed=seed,
             mean_to_bias=mean_to_bias,
         )
-        super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
+        super().__init__(
+            settings,
+            rounds=rounds,
+            monitor=monitor,
+            restore_best=restore_best,
+            save_pruned=save_pruned,
+            recalibration_batches=recalibration_batches,
+        )
         self.freeze = criterion in SCALED if freeze is None else freeze
         self._fixed_batch_norms: list[torch.nn.Module] = []
 

@@ -55,6 +55,8 @@ class DoublePruning(RoundPruning):
         sparsifier: ``l1``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
             factors, so that fewer bases matter when they are cut. Scores do not see it.
         sparsity_weight: Weight of that penalty.
+        recalibration_batches: After each cut, recompute the running statistics of all batch norms on so many training
+            batches, in eval mode; 0 for none. See `bsdp.recalibrate_batch_norms`.
         distillation: Weight, in [0, 1], of what the unpruned model (as it was at the reference) says, against the loss,
             after the first cut; 0 for none. Works with any loss; costs a second copy of the network and one forward
             pass per batch. Scores see the gradient of both.
@@ -102,6 +104,7 @@ class DoublePruning(RoundPruning):
         patience_rounds: int = 1,
         sparsifier: Literal["none", "l1"] = "none",
         sparsity_weight: float = 0.0,
+        recalibration_batches: int = 0,
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
@@ -147,7 +150,14 @@ class DoublePruning(RoundPruning):
             min_rank=min_rank,
             max_layer_ratio=max_layer_ratio,
         )
-        super().__init__(settings, rounds=rounds, monitor=monitor, restore_best=restore_best, save_pruned=save_pruned)
+        super().__init__(
+            settings,
+            rounds=rounds,
+            monitor=monitor,
+            restore_best=restore_best,
+            save_pruned=save_pruned,
+            recalibration_batches=recalibration_batches,
+        )
         self.new_bias = mean_to_bias
         self.probe_batches = probe_batches
 

@@ -277,6 +277,7 @@ def test_a_named_module_is_taken(tmp_path: Path) -> None:
         torch.testing.assert_close(own, value)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
 def test_epochs_that_are_added_to_a_finished_run_learn_from_the_same_teacher(tmp_path: Path) -> None:
     first = fit(Classifier(), tmp_path, LastCheckpoint(), enable_checkpointing=True)
     (last,) = tmp_path.rglob("last.ckpt")

@@ -1,0 +1,112 @@
+"""Batch norms that are recalibrated after a cut, on the data of the trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bsdp
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, _recalibration
+from tests.helpers.channel_runs import ResidualClassifier
+from tests.helpers.pruning_runs import Stripes, make_trainer
+
+
+def trainer_with(*tensors: Tensor, shuffle: bool = False, **options: Any) -> Any:
+    strategy = SimpleNamespace(batch_to_device=lambda batch: batch, **options)
+    loader = DataLoader(TensorDataset(*tensors), 4, shuffle=shuffle)
+    return SimpleNamespace(train_dataloader=loader, strategy=strategy, world_size=2 if options else 1)
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
+
+
+def statistics(module: nn.Module) -> list[Tensor]:
+    return [value.clone() for name, value in module.named_buffers() if "running" in name]
+
+
+def test_statistics_are_those_of_the_first_batches_and_the_random_state_stays() -> None:
+    images, labels = torch.randn(16, 3), torch.arange(16)
+    module, expected = network(), network()
+    before = torch.get_rng_state()
+    _recalibration.recalibrate(trainer_with(images, labels), module, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    outputs = [expected[0](batch) for batch in images[:8].split(4)]
+    mean, variance = sum(o.mean(0) for o in outputs) / 2, sum(o.var(0) for o in outputs) / 2  # type: ignore[union-attr]
+    for own, by_hand in zip(statistics(module), (mean, variance), strict=True):
+        torch.testing.assert_close(own, by_hand)
+    assert all(entry.training for entry in module.modules())
+
+
+def test_shuffled_batches_are_the_same_whatever_was_drawn_before() -> None:
+    trainer, found = trainer_with(torch.randn(16, 3), shuffle=True), []
+    for seed in range(2):
+        module = network()
+        torch.manual_seed(seed)
+        _recalibration.recalibrate(trainer, module, 2)
+        found.append(statistics(module))
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+def test_processes_average() -> None:
+    images = torch.randn(16, 3)
+    alone, module = network(), network()
+    _recalibration.recalibrate(trainer_with(images), alone, 4)
+    _recalibration.recalibrate(trainer_with(images, reduce=lambda value, reduce_op: value + 1.0), module, 4)
+    for own, single in zip(statistics(module), statistics(alone), strict=True):
+        torch.testing.assert_close(own, single + 1.0)
+
+
+def test_data_that_give_no_statistics() -> None:
+    module = network()
+    before = statistics(module)
+    with pytest.raises(ValueError, match="`recalibration_batches` reads the first floating-point tensor"):
+        _recalibration.recalibrate(trainer_with(torch.arange(8)), module, 1)
+    with pytest.warns(UserWarning, match="keep their statistics after this cut: .* NaN or infinite"):
+        _recalibration.recalibrate(trainer_with(torch.full((8, 3), torch.nan)), module, 1)
+    assert all(torch.equal(own, old) for own, old in zip(statistics(module), before, strict=True))
+
+
+class AfterCut(Callback):
+    """Takes the module as the epoch after the first cut starts."""
+
+    module: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 0):
+            self.module = copy.deepcopy(pl_module)
+
+
+@pytest.mark.parametrize("kind", [IterativeBasisPruning, ChannelPruning, DoublePruning])
+def test_a_cut_is_followed_by_it(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    after = AfterCut()
+    pruning = kind(
+        target=0.3,
+        rounds=1,
+        tolerance=None,
+        recalibration_batches=2,
+        **({} if kind is not DoublePruning else {"split": 0.5}),
+    )
+    callbacks = [pruning, after, *([] if kind is ChannelPruning else [BasisDecomposition()])]
+    data = Stripes(batch_size=16)
+    make_trainer(tmp_path, callbacks, max_epochs=2).fit(ResidualClassifier(), datamodule=data)
+    expected = copy.deepcopy(after.module)
+    bsdp.recalibrate_batch_norms(expected, data.examples.tensors[0][:32].split(16))
+    for own, by_hand in zip(statistics(after.module), statistics(expected), strict=True):
+        torch.testing.assert_close(own, by_hand)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5])
+def test_bad_numbers_of_batches_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="`recalibration_batches` must be at least 0 and a whole number"):
+        IterativeBasisPruning(recalibration_batches=value)
