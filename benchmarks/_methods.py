@@ -171,6 +171,8 @@ def build_methods(names: Sequence[str], task: Config, targets: Sequence[float] =
 def at_target(method: Method, target: float) -> Method:
     """The same method with another target and no tolerance, so that it ends at that size.
 
+    Where several fits prune one after another, each keeps the same share of what it gets.
+
     Raises:
         ValueError: If nothing in it prunes to a target.
     """
@@ -178,8 +180,9 @@ def at_target(method: Method, target: float) -> Method:
     pruning = [callback for stage in stages for callback in _callbacks(stage) if _kind(callback) in _TO_TARGET]
     if not pruning:
         raise ValueError(f"`--targets`: {method.name!r} has no target; those that have use {', '.join(_TO_TARGET)}.")
+    share = 1.0 - (1.0 - target) ** (1.0 / len(pruning)) if len(pruning) > 1 else target
     for callback in pruning:
-        callback["init_args"] |= {"target": target} | _TO_TARGET[_kind(callback)]
+        callback["init_args"] |= {"target": share} | _TO_TARGET[_kind(callback)]
     return replace(method, stages=stages, target=target)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks import compare
-from benchmarks._frontier import figure, is_peer, markdown, points, smallest, verdicts
+from benchmarks._frontier import is_peer, markdown, points, smallest, verdict
+from benchmarks._frontier_plot import figure
 from benchmarks._methods import at_target, build_method, build_methods, read_task
+from benchmarks._reports import report
 from benchmarks._tables import read_rows
 from tests.helpers.fake_fits import FakeFits
 
@@ -79,7 +81,8 @@ def test_a_target_holds_for_all_stages_and_overrules_the_tolerance() -> None:
     method = at_target(build_method("channel+basis", task), 0.9)
     assert (method.name, method.label, method.target) == ("channel+basis", "channel+basis@0.9", 0.9)
     given = [callback["init_args"] for stage in method.stages for callback in stage["trainer"]["callbacks"]]
-    assert [(a["target"], a["tolerance"]) for a in given if "target" in a] == [(0.9, None)] * 2
+    pruned = [(a["target"], a["tolerance"]) for a in given if "target" in a]
+    assert pruned == [(pytest.approx(1 - 0.1**0.5), None)] * 2
     peer = at_target(build_method("tp_taylor", task), 0.9).stages[0]["trainer"]["callbacks"][0]["init_args"]
     assert peer["target"] == 0.9
     assert "tolerance" not in peer
@@ -161,20 +164,38 @@ def test_ours_needs_two_thirds_of_both_against_the_best_peers(macs: float, outco
     rows += both("tp_l1", 0.7, (0.95, 0.96), 0.9)  # the best peer in parameters
     rows += both("paper", 0.5, (0.95, 0.96), 0.9, macs_ratio=0.2)  # the best peer in MACs
     rows += both("tp_taylor", 0.95, (0.5, 0.5), 0.99)  # too far below on validation images
-    (line,) = verdicts(points(rows))
+    line = verdict(points(rows)).text
     assert "30.0% of the parameters (tp_l1@0.7) and 20.0% of the MACs (paper@0.5)" in line
     assert re.search(outcome, line)
 
 
 def test_where_no_peer_is_near_the_unpruned_network_is_the_peer() -> None:
     rows = [*TUNED, *both("ours", 0.5, (0.95, 0.96), 0.9), *both("tp_l1", 0.5, (0.8, 0.8), 0.8)]
-    (line,) = verdicts(points(rows))
+    line = verdict(points(rows)).text
     assert "100.0% of the parameters (unpruned)" in line
     assert "ratios 0.50 and 0.50" in line
 
 
 def test_without_a_network_of_ours_within_a_point_there_is_no_ratio() -> None:
-    assert verdicts(points([*TUNED, *both("ours", 0.5, (0.8, 0.8), 0.8)])) == ["No network of ours is within 1 point."]
+    found = verdict(points([*TUNED, *both("ours", 0.5, (0.8, 0.8), 0.8)]))
+    assert (found.text, found.met, found.params) == ("No network of ours is within 1 point.", False, None)
+
+
+def test_one_network_of_ours_has_to_be_ahead_in_both() -> None:
+    rows = [*TUNED, *both("tp_l1", 0.5, (0.95, 0.96), 0.9)]
+    rows += both("ours", 0.8, (0.95, 0.96), 0.9, macs_ratio=0.45)
+    rows += both("ours", 0.5, (0.95, 0.96), 0.9, macs_ratio=0.1)
+    rows += both("ours", 0.7, (0.95, 0.96), 0.9, macs_ratio=0.3)
+    found = verdict(points(rows))
+    assert (found.met, found.params, found.macs) == (True, pytest.approx(0.6), pytest.approx(0.6))
+    assert "ours@0.7" in found.text
+
+
+def test_several_tasks_are_counted() -> None:
+    one = [*TUNED, *both("ours", 0.9, (0.95, 0.96), 0.9), *both("tp_l1", 0.5, (0.95, 0.96), 0.9)]
+    other = [{**r, "task": "u"} for r in [*TUNED, *both("ours", 0.5, (0.95, 0.96), 0.9)]]
+    worse = [{**r, "task": "v"} for r in [*TUNED, *both("ours", 0.3, (0.95, 0.96), 0.9)]]
+    assert "is met on 2 of 3 tasks" in markdown([*one, *other, *worse])
 
 
 def test_peers_are_the_methods_of_others_and_variants_of_them() -> None:
@@ -194,7 +215,7 @@ def test_the_picture_has_a_line_per_method() -> None:
 
 def test_rows_with_and_without_sizes_can_be_shown_together() -> None:
     plain = {**row("basis", None, 0, 0.9, 0.9), "task": "u"}
-    text = compare.report([*TUNED, *both("a", 0.5, (0.95, 0.96), 0.9), plain])
+    text = report([*TUNED, *both("a", 0.5, (0.95, 0.96), 0.9), plain])
     assert "| u | basis | 0 |" in text
     assert "### t" in text
     assert "| t | finetune" not in text
