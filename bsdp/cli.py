@@ -47,6 +47,9 @@ COMMANDS = {
     "export": Command(
         "bsdp.commands:export", "write the pruned network as ONNX, torch.export or safetensors file", False
     ),
+    "compress": Command(
+        "bsdp.compress_command:compress", "make a trained network smaller without training, in a minute", False
+    ),
     "describe": Command(
         "bsdp.commands:describe", "show layers, ranks, parameters and MACs of a checkpoint or backbone"
     ),
@@ -141,9 +144,9 @@ def _resolve_configs(args: list[str]) -> list[str]:
         if option not in ("--config", "-c"):
             continue
         if equals:
-            resolved[position] = f"{option}={_resolve_config(value)}"
+            resolved[position] = f"{option}={resolve_config(value)}"
         elif position + 1 < len(args):
-            resolved[position + 1] = _resolve_config(args[position + 1])
+            resolved[position + 1] = resolve_config(args[position + 1])
     return resolved
 
 
@@ -161,7 +164,7 @@ def _files_first(args: list[str]) -> list[str]:
     return files + others
 
 
-def _resolve_config(value: str) -> str:
+def resolve_config(value: str) -> str:
     """Find a configuration file: as given, else below the packaged ``configs``, also by its bare name."""
     if Path(value).expanduser().exists() or "\n" in value:
         return value

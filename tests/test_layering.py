@@ -15,6 +15,7 @@ LATE = ("lightning", "torchvision", "safetensors", "fvcore", "matplotlib", "rich
 # The files of bsdp/ that may know Lightning and what is built on it; the rest is the core.
 UPPER = (
     *("bsdp.task", "bsdp.cli", "bsdp.command_parser", "bsdp.trainer_cli", "bsdp.runs", "bsdp.resume"),
+    "bsdp.compress_command",
     *("bsdp.callbacks", "bsdp.datamodules"),
 )
 TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse", "torchmetrics")

@@ -347,7 +347,7 @@ def test_packaged_configs_are_found_by_name(folder: Path, capsys: pytest.Capture
         assert cli._resolve_configs(["--config", name, f"-c={name}"]) == ["--config", str(packaged), f"-c={packaged}"]
     assert cli._resolve_configs(["--config", "tiny.yaml", "--name", "x"]) == ["--config", "tiny.yaml", "--name", "x"]
     (folder / "base.yaml").write_text("name: mine\n")
-    assert cli._resolve_config("base.yaml") == "base.yaml"  # what exists comes first
+    assert cli.resolve_config("base.yaml") == "base.yaml"  # what exists comes first
     assert "'resnet20_cifr' is no file" in refused(["fit", "--config", "resnet20_cifr"], capsys)
 
 

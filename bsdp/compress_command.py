@@ -1,0 +1,236 @@
+"""What the word ``compress`` of the command line does; it may know the data modules, unlike `bsdp.commands`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from bsdp._checks import check_at_least
+from bsdp.artifacts import PRUNED_CHECKPOINT, load_artifact
+from bsdp.backbones import build_backbone
+from bsdp.cli import resolve_config
+from bsdp.compress import CompressionResult
+from bsdp.compress import compress as _compress
+from bsdp.datamodules import ImageDataModule, ImageFolderDataModule
+from bsdp.export import refuse_existing
+from bsdp.files import save
+from bsdp.probing import evaluating
+from bsdp.record import PruningRecord, RoundRecord
+from bsdp.report import Measurements, summarize, write_summary
+from bsdp.report_table import format_summary
+
+_BATCH = 64
+_RECALIBRATE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+
+
+def compress(
+    target: float,
+    data: str,
+    output: str,
+    backbone: str | None = None,
+    weights: str = "default",
+    ckpt: str | None = None,
+    target_kind: Literal["params", "macs"] = "params",
+    allocation: Literal["kl", "taylor", "energy"] = "kl",
+    metric: Literal["euclidean", "activation"] = "activation",
+    compensate: bool = True,
+    recalibrate: Literal["auto", "always", "never"] = "auto",
+    images: int = 256,
+    passes: int = 6,
+    image_size: int | None = None,
+    data_dir: str | None = None,
+    val_images: int = 1000,
+    test: bool = False,
+    seed: int = 0,
+    force: bool = False,
+) -> str:
+    """Compress a trained network without training: some hundred images, no labels, seconds to a minute.
+
+    Writes ``pruned.safetensors`` (for `bsdp.load` and ``bsdp export --ckpt``) and ``summary.json``. The network comes
+    from `backbone` with its own head, or from `ckpt`. Labels of the data serve for measuring, and for ``taylor``.
+
+    Args:
+        target: Share to remove, in (0, 1).
+        data: Where training images come from: the name of a packaged configuration of data (``cifar10``), a YAML file
+            like it, or a folder with ``train/<class>`` and ``test/<class>``.
+        output: Folder to write to.
+        backbone: ``bsdp:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
+        weights: Of the backbone: ``default``, the name of published ones, or a file.
+        ckpt: Run folder, or checkpoint of a TransferTask, pruned or not, in place of a backbone.
+        target_kind: What the target counts.
+        allocation: What decides how much each layer loses: the change of the network's predictions (``kl``), of the
+            loss (``taylor``, by labels), or of each layer's own outputs (``energy``).
+        metric: How bases are chosen.
+        compensate: Fit every shortened layer to the outputs of the original network.
+        recalibrate: Whether to recompute the statistics of batch norms; ``auto``: if held-out images say so.
+        images: Training images to decide by.
+        passes: Passes over the images in which layers are shortened.
+        image_size: Height and width of the images. Default: those of the run, or of the data's configuration.
+        data_dir: Folder that holds the data sets. Default: BSDP_DATA.
+        val_images: Validation images to measure the accuracy on, before and after; 0 for none.
+        test: Measure on all test images, too.
+        seed: Which training images are taken, and of random signs.
+        force: Replace existing files.
+    """
+    folder = Path(output).expanduser()
+    paths = [folder / Path(PRUNED_CHECKPOINT).with_suffix(".safetensors"), folder / "summary.json"]
+    for path in paths:
+        refuse_existing(path, force=force)
+    check_at_least("val_images", val_images, 0)
+    source = _source(backbone, weights, ckpt)
+    module = _data_module(data, source, image_size=image_size, data_dir=data_dir)
+    module.prepare_data()
+    module.setup("fit")
+    known = module.num_classes == source.metadata["num_classes"]
+    if allocation == "taylor" and not known:
+        raise ValueError(
+            f"`allocation=taylor` needs labels of the network's own {source.metadata['num_classes']} classes, but the "
+            f"data have {module.num_classes}: choose `kl`, which does without labels."
+        )
+    result = _compress(
+        source.network,
+        _sample(module.plain_train_dataloader(), images + images // 4, seed=seed),
+        target=target,
+        target_kind=target_kind,
+        allocation=allocation,
+        metric=metric,
+        compensate=compensate,
+        recalibrate=_RECALIBRATE[recalibrate],
+        images=images,
+        passes=passes,
+        seed=seed,
+        progress=lambda line: print(f"bsdp compress: {line}", file=sys.stderr, flush=True),
+    )
+    measured = _measure(source.network, result, module, val_images=val_images if known else 0, test=test and known)
+    facts = {"class_names": module.class_names, "image_size": module.image_size, **(module.normalization or {})}
+    save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
+    summary = _summary(result, module, measured, target=target, target_kind=target_kind, seed=seed)
+    write_summary(summary, paths[1])
+    change = str(result).splitlines()[-2:]
+    return "\n".join(
+        [format_summary(summary).rstrip(), *change, f"wrote {paths[0].name} and {paths[1].name} to {folder}"]
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A network, and what `bsdp.save` keeps of it."""
+
+    network: nn.Module
+    metadata: dict[str, Any]
+    normalization: dict[str, Any]
+    image_size: int | None
+
+
+def _source(backbone: str | None, weights: str, ckpt: str | None) -> _Source:
+    if (backbone is None) == (ckpt is None):
+        raise ValueError("give either `--backbone` (with `--weights`) or `--ckpt`.")
+    if ckpt is not None:
+        artifact = load_artifact(ckpt)
+        if artifact.is_pruned and Path(artifact.source).suffix == ".safetensors":
+            raise ValueError(f"`ckpt`: {ckpt!r} holds folded layers only: give the run folder or its pruned.ckpt.")
+        facts = artifact.metadata
+        normalization = {key: facts[key] for key in ("mean", "std") if facts.get(key)}
+        size = facts["image_size"] if isinstance(facts.get("image_size"), int) else None
+        return _Source(artifact.decomposed.eval(), dict(facts), normalization, size)
+    assert backbone is not None
+    if weights.lower() == "none":
+        raise ValueError("`weights`: there is nothing to keep of random weights; give those of a trained network.")
+    built = build_backbone(backbone, weights=weights)
+    metadata: dict[str, Any] = {"backbone": backbone, "head": "original", "num_classes": built.num_classes}
+    metadata |= {"pretrained": True, "image_size": built.image_size, **built.normalization}
+    if built.class_names is not None:
+        metadata["class_names"] = list(built.class_names)
+    return _Source(built.network.eval(), metadata, built.normalization, None)
+
+
+def _data_module(data: str, source: _Source, *, image_size: int | None, data_dir: str | None) -> ImageDataModule:
+    given: dict[str, Any] = {"image_size": image_size or source.image_size, "data_dir": data_dir}
+    given = {key: value for key, value in given.items() if value is not None}
+    path = Path(data).expanduser()
+    if (path / "train").is_dir():
+        module: Any = ImageFolderDataModule(folder=str(path.absolute()), **{"image_size": 224, **given})
+    else:
+        file = Path(resolve_config(data if data.endswith(".yaml") else f"data/{data.removeprefix('data/')}"))
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+            package, _, name = settings["class_path"].rpartition(".")
+            kind = getattr(importlib.import_module(package), name)
+        except (KeyError, TypeError, ValueError, ImportError, AttributeError) as error:
+            raise ValueError(f"`data`: {file} does not name a data module under `data: class_path:`.") from error
+        module = kind(**{**settings.get("init_args", {}), **given})
+    if not isinstance(module, ImageDataModule):
+        raise ValueError(f"`data`: {type(module).__name__} is not a data module of labelled images of this package.")
+    if module.normalization is None:
+        module.normalization = source.normalization
+    return module
+
+
+def _sample(loader: DataLoader[Any], count: int, *, seed: int) -> DataLoader[Any]:
+    """Some of the images of a loader, drawn at random."""
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    return DataLoader(Subset(loader.dataset, order.tolist()), batch_size=_BATCH, collate_fn=loader.collate_fn)
+
+
+def _measure(
+    original: nn.Module, result: CompressionResult, module: ImageDataModule, *, val_images: int, test: bool
+) -> dict[str, tuple[float, float]]:
+    """Accuracies before and after, by split."""
+    measured = {}
+    if val_images:
+        loader = _sample(module.val_dataloader(), val_images, seed=0)
+        measured["val"] = (_accuracy(original, loader), _accuracy(result.model, loader))
+    if test:
+        module.setup("test")
+        measured["test"] = (
+            _accuracy(original, module.test_dataloader()),
+            _accuracy(result.model, module.test_dataloader()),
+        )
+    return measured
+
+
+def _accuracy(network: nn.Module, loader: DataLoader[Any]) -> float:
+    right = torch.zeros((), dtype=torch.long)
+    total = 0
+    with evaluating(network):
+        for images, labels in loader:
+            outputs: Tensor = network(images)
+            right += (outputs.argmax(1) == labels).sum()
+            total += len(labels)
+    return int(right) / max(total, 1)
+
+
+def _summary(
+    result: CompressionResult,
+    module: ImageDataModule,
+    measured: dict[str, tuple[float, float]],
+    *,
+    target: float,
+    target_kind: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The summary of a run with one round, so that all that reads runs reads it."""
+    cost, ranks, stats = result.cost, result.ranks, result.stats
+    full = {name: layer.full_rank for name, layer in cost.layers.items()}
+    before, after = measured.get("val", (None, None))
+    record = PruningRecord(target=target, target_kind=target_kind, cost=cost, reference=before, chosen=1)
+    record.input_shapes = [[1, *module.image_shape]]
+    rounds = ((full, stats.params_original, stats.macs_original, before), (ranks, stats.params, stats.macs, after))
+    record.rounds = [
+        RoundRecord(i, 0, r, sum(cost.layers[n].groups * k for n, k in r.items()), params, macs, accuracy_best=accuracy)
+        for i, (r, params, macs, accuracy) in enumerate(rounds)
+    ]
+    tested = measured.get("test", (None, None))
+    metric = "test_accuracy" if "test" in measured else None
+    facts = Measurements(test_metric=metric, accuracy_reference=tested[0], accuracy_pruned=tested[1], seed=seed)
+    own = ("output_change", "agreement", "recalibrated", "examples", "held_out", "seconds")
+    return {**summarize(record, facts), "compression": {key: getattr(result, key) for key in own}}

@@ -1,0 +1,85 @@
+"""The word compress of the command line, from the words to the files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bsdp
+from bsdp import cli
+from bsdp.artifacts import load_artifact
+from bsdp.backbones import build_backbone
+from tests.helpers.tiny_run import write_run
+
+QUICK = ("--images", 16, "--passes", 1, "--val-images", 40, "--image-size", 16)
+
+
+@pytest.fixture(autouse=True)
+def plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BSDP_DEBUG", raising=False)
+
+
+def run(*words: object) -> int:
+    return cli.main(["compress", *(str(word) for word in words)])
+
+
+def test_files_of_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--backbone", "bsdp:resnet20", "--data", "digits", "--target", 0.5, "--output", tmp_path, *QUICK, "--test")
+    assert run(*words) == 0
+    out, err = capsys.readouterr()
+    assert "What pruning gained" in out and "test accuracy" in out and "wrote pruned.safetensors" in out
+    assert "scoring the bases" in err
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0.4 < summary["params_kept"] <= 0.5 and summary["reached_target"]
+    assert summary["validation_reference"] is not None and summary["accuracy_pruned"] is not None
+    assert summary["compression"]["examples"] == 16
+    network = bsdp.load(
+        build_backbone("bsdp:resnet20", num_classes=10, weights="none").network, tmp_path / "pruned.safetensors"
+    )
+    assert sum(p.numel() for p in network.parameters()) == summary["params_pruned"]
+    artifact = load_artifact(tmp_path / "pruned.safetensors")
+    assert artifact.metadata["image_size"] == 16 and len(artifact.metadata["class_names"]) == 10
+
+    assert run(*words) == 2  # what is there is not overwritten
+    assert "--force" in capsys.readouterr().err
+    before = (tmp_path / "summary.json").read_text()
+    assert run(*words[:5], 0.3, *words[6:], "--force") == 0
+    assert (tmp_path / "summary.json").read_text() != before
+
+
+def test_a_pruned_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "version_0")
+    words = ("--ckpt", folder, "--data", "digits", "--target", 0.8, "--output", tmp_path / "out", *QUICK)
+    assert run(*words) == 0
+    assert "accuracy  " in capsys.readouterr().out.replace("val ", "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["params_kept"] <= 0.2
+    assert summary["validation_reference"] is None  # 4 classes, the digits have 10
+    known = load_artifact(tmp_path / "out" / "pruned.safetensors").metadata
+    assert known["class_names"] == ["zero", "one", "two", "three"]
+    with torch.no_grad():
+        assert load_artifact(tmp_path / "out" / "pruned.safetensors").folded(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--data", "digits"), "either `--backbone`"),
+        (("--data", "digits", "--backbone", "bsdp:resnet20", "--weights", "none"), "nothing to keep of random weights"),
+        (("--data", "nothing", "--backbone", "bsdp:resnet20"), "data/nothing"),
+        (("--data", "{file}", "--backbone", "bsdp:resnet20"), "does not name a data module"),
+        (("--data", "digits", "--ckpt", "{run}/pruned.safetensors"), "folded layers only"),
+        (("--data", "digits", "--ckpt", "{run}", "--allocation", "taylor"), "4 classes"),
+    ],
+)
+def test_refusals(words: tuple[str, ...], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text("data: {init_args: {}}")
+    needed = any("{run}" in word for word in words)
+    folder = write_run(tmp_path / "version_0") if needed else tmp_path
+    given = [word.format(run=folder, file=file) for word in words]
+    assert run(*given, "--target", 0.5, "--output", tmp_path / "out", *QUICK) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
