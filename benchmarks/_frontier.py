@@ -8,17 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from benchmarks._methods import FINETUNE
 from benchmarks._tables import Row, below_baseline, failures, finished, spread
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 ALLOWED = 1.0  # points below the better baseline
 GOAL = 2.0 / 3.0  # of the parameters and of the MACs of the best peer
+SHARES = (("params_ratio", "parameters"), ("macs_ratio", "MACs"))
 _LIBRARIES = ("tp_taylor", "tp_l1", "tp_fpgm", "lightning_model_pruning")
 _PUBLISHED = (
     "paper",
@@ -32,7 +28,7 @@ _PUBLISHED = (
 PEERS = frozenset((*_LIBRARIES, *_PUBLISHED, "channel_scaling"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """One method at one size, over the seeds.
 
@@ -86,6 +82,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known and len(known) == len(values) else None
 
 
+def is_near(point: Point) -> bool:
+    """Whether a network is within the allowed loss on validation images."""
+    return point.below is not None and point.below <= ALLOWED + 1e-9
+
+
 def smallest(found: Sequence[Point], key: str) -> Point | None:
     """Of one method's points, the smallest that is within the allowed loss on validation images; None if none is.
 
@@ -93,14 +94,18 @@ def smallest(found: Sequence[Point], key: str) -> Point | None:
         found: Points of one method on one task.
         key: ``params_ratio`` or ``macs_ratio``.
     """
-    near = [p for p in found if p.below is not None and p.below <= ALLOWED and p.has(key)]
+    near = [p for p in found if is_near(p) and p.has(key)]
     return min(near, key=lambda point: point.mean(key), default=None)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Tables and verdict of every task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    return "\n".join(_task([row for row in rows if row["task"] == task]) for task in tasks)
+    parts = [_task([row for row in rows if row["task"] == task]) for task in tasks]
+    if len(tasks) > 1:
+        met = sum(verdict(points([row for row in rows if row["task"] == task])).met for task in tasks)
+        parts.append(f"The goal of at most {GOAL:.2f} of both is met on {met} of {len(tasks)} tasks.\n")
+    return "\n".join(parts)
 
 
 def _task(rows: Sequence[Row]) -> str:
@@ -109,7 +114,7 @@ def _task(rows: Sequence[Row]) -> str:
         return "\n".join([*failures(rows), ""])
     methods = list(dict.fromkeys(point.method for point in found))
     lines = [f"### {found[0].task}", "", *_sizes(found, methods), "", *_choices(found, methods), ""]
-    lines += [f"**{line}**" for line in verdicts(found)]
+    lines.append(f"**{verdict(found).text}**")
     return "\n".join([*lines, *failures(rows), ""])
 
 
@@ -165,8 +170,7 @@ def _choices(found: Sequence[Point], methods: Sequence[str]) -> list[str]:
         elif chosen["params_ratio"] is chosen["macs_ratio"]:
             lines.append(_choice(chosen["params_ratio"], "both"))
         else:
-            by = (("params_ratio", "parameters"), ("macs_ratio", "MACs"))
-            lines += [_choice(point, what) for key, what in by if (point := chosen[key]) is not None]
+            lines += [_choice(point, what) for key, what in SHARES if (point := chosen[key]) is not None]
     return lines
 
 
@@ -189,78 +193,48 @@ def is_peer(method: str) -> bool:
     return last in PEERS or last.startswith(tuple(f"{name}_" for name in PEERS))
 
 
-def verdicts(found: Sequence[Point]) -> list[str]:
-    """Ours against the best peer: one line, or the reason why there is none."""
-    methods = {p.method for p in found if p.method != FINETUNE}
-    chosen = {
-        (method, key): smallest([p for p in found if p.method == method], key)
-        for method in methods
-        for key in ("params_ratio", "macs_ratio")
-    }
-    ours = [p for (method, _), p in chosen.items() if p is not None and not is_peer(method)]
-    if not ours:
-        return [f"No network of ours is within {ALLOWED:g} point."]
-    shares, names = {}, []
-    for key, what in (("params_ratio", "parameters"), ("macs_ratio", "MACs")):
-        peers = [p for (method, k), p in chosen.items() if k == key and p is not None and is_peer(method)]
-        best = min(peers, key=lambda point: point.mean(key), default=None)
-        # The unpruned network is the peer where no other is within a point.
-        shares[key] = 1.0 if best is None else best.mean(key)
-        names.append(f"{shares[key]:.1%} of the {what} ({'unpruned' if best is None else best.label})")
-    ratios = {p.label: [p.mean(key) / share if p.has(key) else 9.9 for key, share in shares.items()] for p in ours}
-    label = min(ratios, key=lambda name: max(ratios[name]))
-    params, macs = ratios[label]
-    met = "met" if max(params, macs) <= GOAL else "missed"
-    own = next(p for p in ours if p.label == label)
-    return [
-        f"Best of ours, {label}, keeps {own.mean('params_ratio'):.1%} of the parameters and "
-        f"{own.mean('macs_ratio'):.1%} of the MACs; the best peers keep {' and '.join(names)}: ratios "
-        f"{params:.2f} and {macs:.2f}, the goal of at most {GOAL:.2f} for both is {met} ({len(own.runs)} seeds)."
-    ]
+@dataclass(frozen=True)
+class Verdict:
+    """Ours against the best peers of one task.
 
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy against parameters and against MACs kept: a line through the means of every method.
-
-    Raises:
-        ValueError: If no run has finished or the rows are of several tasks.
+    Attributes:
+        text: In words.
+        met: Whether the goal is met.
+        params: Parameters of our network / those of the best peer's; None where no network of ours is near enough.
+        macs: The same of the MACs.
     """
-    from bsdp.plots import new_figure
 
-    found = points(rows)
-    tasks = {point.task for point in found}
-    if len(tasks) != 1:
-        raise ValueError(f"a picture shows the finished runs of one task, got those of {sorted(tasks) or 'none'}.")
-    drawn = new_figure(14.0, 5.8)
-    panels = drawn.subplots(1, 2, sharey=True)
-    for axes, kind in zip(panels, ("params", "macs"), strict=True):
-        _draw(axes, found, kind)
-    panels[0].set_ylabel("accuracy on test images (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    drawn.suptitle(f"{tasks.pop()}: means over the seeds, bars from the lowest to the highest", fontsize=12)
-    return drawn
+    text: str
+    met: bool
+    params: float | None
+    macs: float | None
 
 
-def _draw(axes: Axes, found: Sequence[Point], kind: str) -> None:
-    from matplotlib import colormaps
+def verdict(found: Sequence[Point]) -> Verdict:
+    """Compare the smallest networks of ours within the allowed loss with the smallest of all peers.
 
-    from bsdp.plots import kept_axis
+    Parameters and MACs are those of one network of ours; the best peer may be another one for each of the two.
 
-    methods = list(dict.fromkeys(point.method for point in found))
-    colors: Any = colormaps["tab20" if len(methods) > 10 else "tab10"]
-    markers, kept, key = "oDs^vP*X<>", [100.0], f"{kind}_ratio"
-    for i, method in enumerate(methods):
-        own = sorted((p for p in found if p.method == method and p.has(key)), key=lambda point: point.mean(key))
-        shares = [100.0 * point.mean(key) for point in own]
-        accuracies = [[100.0 * run["accuracy"] for run in point.runs] for point in own]
-        means = [statistics.mean(values) for values in accuracies]
-        bars = [[m - min(v) for m, v in zip(means, accuracies, strict=True)]]
-        bars.append([max(v) - m for m, v in zip(means, accuracies, strict=True)])
-        look: dict[str, Any] = {"color": colors(i), "marker": markers[i % len(markers)], "markersize": 6, "capsize": 2}
-        axes.errorbar(shares, means, yerr=bars, linestyle="--" if is_peer(method) else "-", label=method, **look)
-        kept += shares
-        if method == FINETUNE and means:
-            low = means[0] - ALLOWED
-            axes.axhspan(low, means[0], color=colors(i), alpha=0.12, linewidth=0, label=f"{ALLOWED:g} point below it")
-    kept_axis(axes, kept, kind=kind)
+    Args:
+        found: Points of one task.
+    """
+    near = [p for p in found if p.method != FINETUNE and is_near(p) and all(p.has(key) for key, _ in SHARES)]
+    ours = [p for p in near if not is_peer(p.method)]
+    if not ours:
+        return Verdict(f"No network of ours is within {ALLOWED:g} point.", False, None, None)
+    shares, names = [], []
+    for key, what in SHARES:
+        best = min((p for p in near if is_peer(p.method)), key=lambda point: point.mean(key), default=None)
+        # The unpruned network is the peer where no other is within a point.
+        shares.append(1.0 if best is None else best.mean(key))
+        names.append(f"{shares[-1]:.1%} of the {what} ({'unpruned' if best is None else best.label})")
+    ratios = {p: [p.mean(key) / share for (key, _), share in zip(SHARES, shares, strict=True)] for p in ours}
+    own = min(ours, key=lambda point: max(ratios[point]))
+    met = max(ratios[own]) <= GOAL + 1e-9
+    kept = " and ".join(f"{own.mean(key):.1%} of the {what}" for key, what in SHARES)
+    text = (
+        f"Best of ours, {own.label}, keeps {kept}; the best peers keep {' and '.join(names)}: ratios "
+        f"{ratios[own][0]:.2f} and {ratios[own][1]:.2f}, the goal of at most {GOAL:.2f} for both is "
+        f"{'met' if met else 'missed'} ({len(own.runs)} seeds)."
+    )
+    return Verdict(text, met, *ratios[own])

@@ -44,10 +44,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve() != ROOT / "benchmarks")]
 
-from benchmarks import _frontier, _runs, _tables  # noqa: E402
+from benchmarks import _runs  # noqa: E402
 from benchmarks._methods import EXPERIMENTS, FINETUNE, PEERS, TASKS, Method, build_methods, read_task  # noqa: E402
+from benchmarks._options import overrides_of, targets_of, task_name  # noqa: E402
+from benchmarks._reports import report, write_report  # noqa: E402
 from benchmarks._session import Display, alone_in  # noqa: E402
-from benchmarks._tables import finished, read_rows, skipped, write_rows, write_text  # noqa: E402
+from benchmarks._tables import finished, read_rows, rows_of, skipped, write_rows, write_text  # noqa: E402
 
 Key = tuple[str, float | None, int]
 
@@ -107,10 +109,10 @@ def main(words: list[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     if options.show:
-        print(report(_tables.rows_of(options.show)), end="")
+        print(report(rows_of(options.show)), end="")
         return 0
     try:
-        with alone_in((comparison := _comparison(options, _overrides(rest))).folder) as handles:
+        with alone_in((comparison := _comparison(options, overrides_of(rest))).folder) as handles:
             write_configs(comparison)
             return run_all(try_all(comparison, handles), handles)
     except ValueError as error:
@@ -140,21 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(words: list[str]) -> dict[str, Any]:
-    """Values by dotted name, from ``--a.b value`` and ``--a.b=value``."""
-    values: dict[str, Any] = {}
-    rest = iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if not name.startswith("--"):
-            raise ValueError(f"unexpected {word!r}: options are --NAME VALUE; see --help.")
-        given = value if equals else next(rest, None)
-        if given is None:
-            raise ValueError(f"`{name}` needs a value.")
-        values[name[2:]] = yaml.safe_load(given)
-    return values
-
-
 def _comparison(options: argparse.Namespace, overrides: dict[str, Any]) -> Comparison:
     if not options.task:
         raise ValueError(f"`--task` is missing: one of {', '.join(sorted(p.stem for p in TASKS.glob('*.yaml')))}.")
@@ -165,47 +152,13 @@ def _comparison(options: argparse.Namespace, overrides: dict[str, Any]) -> Compa
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"`--seeds` must be different whole numbers from 0 on, such as 0,1,2, got {options.seeds!r}.")
     task = read_task(options.task, overrides, options.epochs)
-    targets = _targets(options.targets)
+    targets = targets_of(options.targets)
     methods = build_methods([name for name in options.methods.split(",") if name], task, targets)
-    name = _task_name(options.task, overrides)
+    name = task_name(options.task, overrides)
     kind = "frontier" if targets else "compare"
     folder = options.output or ROOT / "benchmarks" / "results" / f"{kind}_{name}"
     samples = task["data"].get("init_args", {}).get("samples_per_class")
     return Comparison(name, methods, seeds, folder.resolve(), samples)
-
-
-def _targets(text: str) -> list[float]:
-    try:
-        targets = [float(word) for word in text.split(",") if word]
-    except ValueError:
-        targets = [0.0]
-    if not all(0.0 < target < 1.0 for target in targets) or len(set(targets)) < len(targets):
-        raise ValueError(f"`--targets` must be different shares between 0 and 1, such as 0.5,0.7,0.9, got {text!r}.")
-    return targets
-
-
-def _task_name(task: str, overrides: dict[str, Any]) -> str:
-    """Name of the task, with another network and another number of images in it: those are other tasks."""
-    name = Path(task).stem
-    if "model.backbone" in overrides:
-        name += "_" + str(overrides["model.backbone"]).rsplit(":", 1)[-1]
-    if "data.image_size" in overrides:
-        name += f"_{overrides['data.image_size']}px"
-    if "data.samples_per_class" in overrides:
-        name += f"_{overrides['data.samples_per_class'] or 'all'}_per_class"
-    return name
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """The tables of rows of one or of several comparisons."""
-    at_sizes = {row["task"] for row in rows if row.get("target") is not None}
-    parts = [
-        _tables.markdown([row for row in rows if row["task"] not in at_sizes])
-        if {r["task"] for r in rows} > at_sizes
-        else "",
-        _frontier.markdown([row for row in rows if row["task"] in at_sizes]) if at_sizes else "",
-    ]
-    return "\n".join(part for part in parts if part)
 
 
 def write_configs(comparison: Comparison) -> None:
@@ -254,7 +207,8 @@ def try_all(comparison: Comparison, handles: tuple[int, ...]) -> Comparison:
         )
     for name, reason in reasons.items():
         print(f"left out: {name}: {reason}", flush=True)
-    rows = [row for row in read_rows(comparison.results) if not skipped(row)]
+    tried = {method.name for method in comparison.methods}
+    rows = [row for row in read_rows(comparison.results) if not (skipped(row) and row["method"] in tried)]
     missing = {"seed": None, "accuracy": None, "commit": _runs.commit()}
     rows += [{"task": comparison.task, "method": name, **missing, "skipped": why} for name, why in reasons.items()]
     write_rows(comparison.results, rows)
@@ -280,17 +234,6 @@ def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
     write_report(rows, comparison.folder)
     print(f"\n{report(rows)}\nwritten: {comparison.folder}")
     return 0 if all(finished(row) or skipped(row) for row in rows) else 1
-
-
-def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write ``table.md`` and, once a run has finished, ``pareto.png`` from the rows."""
-    from bsdp.plots import save_figure
-
-    write_text(folder / "table.md", report(rows))
-    if any(finished(row) for row in rows):
-        at_sizes = any(row.get("target") is not None for row in rows)
-        figure = _frontier.figure(rows) if at_sizes else _tables.pareto_figure(rows)
-        save_figure(figure, folder / "pareto.png")
 
 
 def _run(comparison: Comparison, method: Method, seed: int, handles: tuple[int, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import _runs, compare
 from benchmarks._methods import EXPERIMENTS, PEERS, TASKS, build_method, build_methods, compose, read_task
+from benchmarks._reports import write_report
 from benchmarks._runs import RunFailed
 from benchmarks._session import alone_in
 from benchmarks._tables import below_baseline, markdown, pareto_figure, pareto_front, read_rows
@@ -322,9 +323,9 @@ def test_the_picture_shows_every_run_mean_and_the_front() -> None:
 
 
 def test_the_report_is_written_with_and_without_finished_runs(tmp_path: Path) -> None:
-    compare.write_report([{**row("c"), "accuracy": None, "failed": "no"}], tmp_path)
+    write_report([{**row("c"), "accuracy": None, "failed": "no"}], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
-    compare.write_report([row("a")], tmp_path)
+    write_report([row("a")], tmp_path)
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
