@@ -23,10 +23,12 @@ from bsdp.export import ExportReport, export
 from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
 from bsdp.freezing import fixed_batch_norms, freeze
+from bsdp.gradient_moments import collect_gradient_moments
 from bsdp.importance import FeatureStatistics, ScoreAccumulator
 from bsdp.latency import LatencyTable, LayerLatency
 from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
+from bsdp.moments import LayerMoment
 from bsdp.optimizers import adopt_parameters
 from bsdp.plots import plot_pruning_curves
 from bsdp.pruner import IterativePruner, PruningSettings
@@ -40,6 +42,7 @@ from bsdp.speed import Speed, SpeedComparison, compare_speed
 from bsdp.stats import LayerStats, ModelStats, describe, measure_cost, measure_latency
 from bsdp.structural_search import SearchResult, binary_search_with_step_constraint
 from bsdp.structure import load_checkpoint, rebuild, structure_of
+from bsdp.truncation import truncate_sequentially
 
 __all__ = [
     "AppliedDelta",
@@ -64,6 +67,7 @@ __all__ = [
     "LatencyTable",
     "LayerCost",
     "LayerLatency",
+    "LayerMoment",
     "LayerStats",
     "ModelCost",
     "ModelStats",
@@ -81,6 +85,7 @@ __all__ = [
     "attach_deltas",
     "binary_search_with_step_constraint",
     "channel_groups",
+    "collect_gradient_moments",
     "collect_output_moments",
     "compare_speed",
     "compensated_prune",
@@ -122,4 +127,5 @@ __all__ = [
     "select_channels",
     "structure_of",
     "summarize",
+    "truncate_sequentially",
 ]

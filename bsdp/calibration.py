@@ -1,4 +1,4 @@
-"""Choosing bases by what the layers put out on target data: the activation metric."""
+"""Choosing bases by what the layers put out on target data."""
 
 from __future__ import annotations
 
@@ -12,39 +12,22 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_choice
 from bsdp.factorize import METRICS, refactorize, to_float64
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, spatial_dims, to_matrix, weight_of
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, to_matrix, weight_of
+from bsdp.moments import LayerMoment, LayerMoments, as_columns
 from bsdp.probing import as_inputs, probe
+from bsdp.shrinkage import is_few, metric_moments, warn_of_few
 
 
-class OutputMoments:
-    """Running second moments ``E[y y^T]`` of layer outputs before the bias, over examples and positions.
-
-    Args:
-        layers: Pairs or plain convolution and linear layers, by name.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = dict(layers)
-        self._names = {layer: name for name, layer in layers.items()}
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+class OutputMoments(LayerMoments):
+    """Running moments of layer outputs before the bias, over examples and positions; layers are given by name."""
 
     def update(self, layer: nn.Module, output: Tensor) -> None:
         """Add one batch of a layer's outputs, ``[batch, channels, ...]`` (``[..., features]`` for a linear layer)."""
-        dims = layer.scaling.dims if isinstance(layer, BasisPair) else spatial_dims(layer)
-        if dims == 0:
-            columns = output.reshape(-1, output.shape[-1])
-        else:
-            batched = output if output.dim() == dims + 2 else output.unsqueeze(0)
-            columns = batched.transpose(0, 1).flatten(1).T
-        columns = columns.detach().float()
+        columns = as_columns(layer, output)
         bias = layer.scaling.bias if isinstance(layer, BasisPair) else layer.bias  # a pair notes who reads its own
         if isinstance(bias, Tensor):
-            columns = columns - bias.detach().float()
-        name = self._names[layer]
-        moment = columns.T @ columns
-        self._sums[name] = self._sums[name] + moment.double() if name in self._sums else moment.double()
-        self._counts[name] = self._counts.get(name, 0) + columns.shape[0]
+            columns = columns - bias.detach().to(columns)
+        self.add(layer, columns)
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
@@ -52,72 +35,129 @@ class OutputMoments:
         with probe(model, self.layers.values(), lambda layer, _inputs, output: self.update(layer, output)):
             yield
 
-    def compute(self) -> dict[str, Tensor]:
-        """``{name: [channels, channels]}`` in float64; layers that were never called are left out."""
-        return {name: value / self._counts[name] for name, value in self._sums.items()}
+
+def moment_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every pair and every plain layer outside of pairs, by name."""
+    inside = {child for pair in model.modules() if isinstance(pair, BasisPair) for child in pair.children()}
+    kinds: tuple[type[nn.Module], ...] = (BasisPair, *SUPPORTED_TYPES)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in inside}
 
 
-def collect_output_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Second moments of the outputs of every pair and plain layer of a model, for `decompose` and `rebase`.
+def collect_output_moments(
+    model: nn.Module, batches: Iterable[Any], *, layers: Iterable[str] | None = None
+) -> dict[str, LayerMoment]:
+    """Moments of the outputs of every pair and plain layer of a model, for `decompose` and `rebase`.
 
     Args:
         model: The model, decomposed or not.
         batches: Inputs of the model: tensors, or tuples of arguments. No labels.
+        layers: Names of the layers to look at; None for all.
+
+    Returns:
+        The moments by layer name; layers that were never called are left out.
+
+    Raises:
+        ValueError: If there is no batch.
     """
-    inside = {child for pair in model.modules() if isinstance(pair, BasisPair) for child in pair.children()}
-    kinds: tuple[type[nn.Module], ...] = (BasisPair, *SUPPORTED_TYPES)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in inside}
-    moments = OutputMoments(layers)
+    wanted = moment_layers(model) if layers is None else {name: model.get_submodule(name) for name in layers}
+    moments, batch = OutputMoments(wanted), None
     with moments.collecting(model):
         for batch in batches:
             model(*as_inputs(batch))
+    if batch is None:
+        raise ValueError("`batches` is empty: output moments need at least one batch of calibration data.")
     return moments.compute()
 
 
 @torch.no_grad()
 def rebase(
     pairs: Mapping[str, BasisPair],
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor | LayerMoment] | None = None,
     *,
     metric: str = "activation",
+    gradients: Mapping[str, Tensor | LayerMoment] | None = None,
+    centred: bool = False,
+    shrinkage: float | None = None,
     optimizers: Iterable[Optimizer] = (),
 ) -> None:
     """Give pairs, in place, new bases of the same rank and the same product; scaling factors become 1 again.
 
     Works at any rank, also after cuts and after weights have trained: the product ``V diag(s sigma) U^T`` is factorised
-    anew. Bases are ordered by descending sigma. The bias stays.
+    anew. Bases are ordered by descending sigma. The bias stays. Layers of which fewer outputs were seen than they have
+    bases are named in a warning.
 
     Args:
         pairs: Pairs by name.
-        moments: Second moments by the same names, see `collect_output_moments`; a pair without one is left alone.
-            Not needed for ``metric="euclidean"``, which makes bases orthonormal again.
+        moments: Moments by the same names, see `collect_output_moments`; a pair without them is left alone. Not needed
+            for ``metric="euclidean"``, which makes bases orthonormal again.
         metric: See `decompose`.
+        gradients: For ``"kfac"``, see `collect_gradient_moments`; a pair without them is left alone.
+        centred: Order bases by the variance of what they put out instead of its power: for cuts that move the mean
+            output into the bias.
+        shrinkage: How much of white inputs (and white gradients) is mixed into the moments, in [0, 1]; None: as much as
+            the spread between examples suggests.
         optimizers: Optimizers whose state (momentum) of the changed parameters is dropped: it belongs to other bases.
 
     Raises:
-        ValueError: If the moments are missing or no match, or a weight is NaN or infinite.
+        ValueError: If moments are missing or do not fit, or a weight is NaN or infinite.
     """
-    check_choice("metric", metric, METRICS)
-    if metric != "euclidean" and moments is None:
-        raise ValueError(f"`metric={metric!r}` needs `moments`: see `bsdp.collect_output_moments`.")
+    check_metric(metric, shrinkage, {"moments": moments, "gradients": gradients})
     optimizers = list(optimizers)
+    few = []
     for name, pair in pairs.items():
-        moment = None if moments is None else moments.get(name)
-        if moment is None and metric != "euclidean":
+        moment, gradient = (moments or {}).get(name), (gradients or {}).get(name)
+        if (metric != "euclidean" and moment is None) or (metric == "kfac" and gradient is None):
             continue
         try:
-            _rebase_pair(pair, metric, moment)
+            _rebase_pair(pair, metric, moment, gradient, centred=centred, shrinkage=shrinkage)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
+        few += [name] if metric != "euclidean" and is_few(moment, pair.rank) else []
         for parameter in (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)):
             parameter.grad = None
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
+    warn_of_few(few)
 
 
-def _rebase_pair(pair: BasisPair, metric: str, moment: Tensor | None) -> None:
+def check_metric(metric: str, shrinkage: float | None, needed: Mapping[str, object]) -> None:
+    """Check a metric, and that what it needs is there.
+
+    Args:
+        metric: One of `METRICS`.
+        shrinkage: Share of the isotropic target, or None.
+        needed: Output moments and gradient moments, in this order, by the names of the arguments.
+
+    Raises:
+        ValueError: If something is missing or not allowed.
+    """
+    check_choice("metric", metric, METRICS)
+    check_shrinkage(shrinkage)
+    sources = ("bsdp.collect_output_moments", "bsdp.collect_gradient_moments")
+    for (name, value), source in list(zip(needed.items(), sources, strict=True))[: METRICS.index(metric)]:
+        if value is None:
+            raise ValueError(f"`metric={metric!r}` needs `{name}`: see `{source}`.")
+
+
+def check_shrinkage(shrinkage: float | None) -> None:
+    """Refuse a share outside of [0, 1]."""
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise ValueError(f"`shrinkage` must be between 0 and 1, or None to estimate it, got {shrinkage}.")
+
+
+def _rebase_pair(
+    pair: BasisPair,
+    metric: str,
+    moment: Tensor | LayerMoment | None,
+    gradient: Tensor | LayerMoment | None,
+    *,
+    centred: bool,
+    shrinkage: float | None,
+) -> None:
     # In float64 from the stored factors: their product in the pair's own precision would be rounded once more.
     columns = to_float64(to_matrix(pair.scaling.weight, pair.groups))
-    scale = 1.0 + to_float64(pair.scaling.delta).view(pair.groups, 1, pair.rank)
-    factors = refactorize(columns * scale, to_float64(matrix_of(pair.basis)), metric=metric, moment=moment)
+    columns = columns * (1.0 + to_float64(pair.scaling.delta).view(pair.groups, 1, pair.rank))
+    basis = to_float64(matrix_of(pair.basis))
+    ready = metric_moments(columns @ basis, metric, moment, gradient, centred=centred, shrinkage=shrinkage)
+    factors = refactorize(columns, basis, metric=metric, moment=ready.moment, gradient=ready.gradient)
     pair.set_factors(factors.basis, factors.coefficients, factors.sigma)

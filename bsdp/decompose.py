@@ -13,11 +13,14 @@ from torch.nn import parameter
 from torch.nn.utils import parametrize
 
 from bsdp._checks import check_choice, check_patterns, matches
+from bsdp.calibration import check_metric
 from bsdp.cost import layer_cost
 from bsdp.equivalents import idle_parameter, is_plain, plain_equivalent
-from bsdp.factorize import METRICS, factorize
+from bsdp.factorize import METRICS, factorize, to_float64
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
+from bsdp.moments import LayerMoment
 from bsdp.probing import as_inputs, probe
+from bsdp.shrinkage import is_few, metric_moments, warn_of_few
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules
 from bsdp.widths import move_mark
 
@@ -57,7 +60,10 @@ def decompose(
     metric: str = "euclidean",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
-    statistics: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor | LayerMoment] | None = None,
+    gradients: Mapping[str, Tensor | LayerMoment] | None = None,
+    centred: bool = False,
+    shrinkage: float | None = None,
     example_input: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Decomposition:
     """Replace, in place, every convolution and linear layer that is worth it by an equivalent pair.
@@ -71,13 +77,17 @@ def decompose(
 
     Args:
         model: The model to change.
-        metric: How bases are chosen: ``"euclidean"`` (SVD of the weight, orthonormal filters) or ``"activation"``
-            (eigenvectors of the layer's output second moment, needs `statistics`).
+        metric: How bases are chosen: ``"euclidean"`` (SVD of the weight, orthonormal filters), ``"activation"``
+            (eigenvectors of the layer's output second moment, needs `statistics`) or ``"kfac"`` (the same, weighted by
+            what an output error does to the loss, needs `gradients` as well).
         include: Shell-style patterns of the layers to decompose, matched against a layer's dotted name and the modules
             that hold it. None: all but the head, taken as the last convolution or linear layer in module order.
         exclude: Patterns of layers to leave alone, in the same form.
-        statistics: For ``"activation"``: per layer name the second moment ``E[y y^T]`` of its outputs before the bias,
-            ``[out_channels, out_channels]``.
+        statistics: For ``"activation"`` and ``"kfac"``: moments of the outputs before the bias by layer name, from
+            `collect_output_moments`; a tensor ``E[y y^T]``, ``[out_channels, out_channels]``, will do.
+        gradients: For ``"kfac"``: moments of the loss gradient at the outputs, from `collect_gradient_moments`.
+        centred: Order bases by the variance of what they put out instead of its power, see `rebase`.
+        shrinkage: How much of white inputs is mixed into the moments, see `rebase`.
         example_input: Input (or tuple of inputs) of the model. When given, layers that are never called through their
             ``forward``, whose weight or bias other code reads, or that the model also holds outside of its modules
             (in a plain list), are left alone, too.
@@ -94,7 +104,7 @@ def decompose(
         1 layers decomposed, 1 left as they are
           left: 2: it is the head (the last layer of the model); name it in `include` to decompose it
     """
-    check_choice("metric", metric, METRICS)
+    check_metric(metric, shrinkage, {"statistics": statistics, "gradients": gradients})
     names = module_names(model)
     layers = {m: n for m, n in names.items() if isinstance(m, _CANDIDATE_TYPES)}
     pairs = {m: n for m, n in names.items() if isinstance(m, BasisPair)}
@@ -109,19 +119,23 @@ def decompose(
 
     skipped: dict[str, str] = {}
     replacements: dict[nn.Module, nn.Module] = {}
+    few: list[str] = []
     for layer, layer_names in layers.items():
         reason = _reason_to_skip(layer, layer_names, included, excluded, head, whole, owners)
         plain = reason or _plain_form(layer)
         if isinstance(plain, str):
             skipped.update(dict.fromkeys(layer_names, plain))
             continue
-        moment = None if statistics is None else next((statistics[n] for n in layer_names if n in statistics), None)
-        if metric != "euclidean" and moment is None:
-            raise ValueError(f"`statistics` lacks layer {layer_names[0]!r}, which `metric={metric!r}` needs.")
+        given = {"statistics": statistics, "gradients": gradients}
+        moment, gradient = (_entry(n, values, layer_names, metric) for n, values in given.items())
+        few += [layer_names[0]] if is_few(moment, min(matrix_of(plain).shape[1:])) else []
         try:
-            replacements[layer] = pair_from_layer(plain, metric=metric, moment=moment)
+            replacements[layer] = pair_from_layer(
+                plain, metric=metric, moment=moment, gradient=gradient, centred=centred, shrinkage=shrinkage
+            )
         except ValueError as error:
             raise ValueError(f"layer {layer_names[0]!r} {tuple(weight_of(layer).shape)}: {error}") from error
+    warn_of_few(few)
     skipped.update(_foreign_layers(names))
     replaced = _swap(model, replacements)
     if example_input is not None:
@@ -130,6 +144,19 @@ def decompose(
             del replaced[name]
     by_name = {name: (old, new) for name, (old, new) in replaced.items() if isinstance(new, BasisPair)}
     return Decomposition(by_name, skipped)
+
+
+def _entry(
+    argument: str, given: Mapping[str, Tensor | LayerMoment] | None, layer_names: list[str], metric: str
+) -> Tensor | LayerMoment | None:
+    """The moments of a layer, under any of its names; None if the metric does without."""
+    needed = {"euclidean": (), "activation": ("statistics",), "kfac": ("statistics", "gradients")}
+    if given is None or argument not in needed[metric]:
+        return None
+    name = next((n for n in layer_names if n in given), None)
+    if name is None:
+        raise ValueError(f"`{argument}` lacks layer {layer_names[0]!r}, which `metric={metric!r}` needs.")
+    return given[name]
 
 
 def _plain_form(layer: nn.Module) -> nn.Module | str:
@@ -174,13 +201,24 @@ def _put_back_misused(
     return {name: reasons[new] for name, (new, _) in restored.items()}
 
 
-def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tensor | None = None) -> BasisPair:
+def pair_from_layer(
+    layer: nn.Module,
+    *,
+    metric: str = "euclidean",
+    moment: Tensor | LayerMoment | None = None,
+    gradient: Tensor | LayerMoment | None = None,
+    centred: bool = False,
+    shrinkage: float | None = None,
+) -> BasisPair:
     """Build the full-rank pair of one layer; the layer itself is not changed.
 
     Args:
         layer: A convolution, transposed convolution or linear layer of torch's own types.
         metric: See `decompose`.
         moment: See `decompose`, one entry of `statistics`.
+        gradient: See `decompose`, one entry of `gradients`.
+        centred: See `decompose`.
+        shrinkage: See `decompose`.
 
     Raises:
         ValueError: If the layer is of another type, or its weight or moment cannot be factorised.
@@ -190,7 +228,9 @@ def pair_from_layer(layer: nn.Module, *, metric: str = "euclidean", moment: Tens
         raise ValueError(f"`layer` must be one of {allowed}, got {type(layer).__name__}.")
     check_choice("metric", metric, METRICS)
     pair = BasisPair(layer)
-    factors = factorize(matrix_of(layer).detach(), metric=metric, moment=moment)
+    matrix = to_float64(matrix_of(layer).detach())
+    ready = metric_moments(matrix, metric, moment, gradient, centred=centred, shrinkage=shrinkage)
+    factors = factorize(matrix, metric=metric, moment=ready.moment, gradient=ready.gradient)
     pair.set_factors(factors.basis, factors.coefficients, factors.sigma)
     if isinstance(layer.bias, Tensor):
         with torch.no_grad():

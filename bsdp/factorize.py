@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-METRICS = ("euclidean", "activation")
+METRICS = ("euclidean", "activation", "kfac")
+_RIDGE = 1e-4  # share of the power that is added to measured moments
 _GRAM_FROM = 48  # rank from which eigenvectors of the Gram matrix are faster than an SVD
 
 
@@ -21,7 +22,8 @@ class Factors:
     Attributes:
         basis: ``[groups, rank, fan_in]``.
         coefficients: ``[groups, out_per_group, rank]``; ``coefficients @ basis`` is the weight.
-        sigma: ``[groups, rank]``: singular values, or root-mean-square feature outputs in the activation metric.
+        sigma: ``[groups, rank]``: singular values, or root-mean-square outputs (weighted in the
+            KFAC metric) of each basis otherwise.
     """
 
     basis: Tensor
@@ -29,19 +31,24 @@ class Factors:
     sigma: Tensor
 
 
-def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | None = None) -> Factors:
+def factorize(
+    matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | None = None, gradient: Tensor | None = None
+) -> Factors:
     """Factorise ``M = coefficients @ basis`` at full rank.
 
     ``"euclidean"`` is the SVD of Wong et al. (arXiv 2108.02893): orthonormal bases, coefficients ``V diag(sigma)``.
     ``"activation"`` takes V from the eigenvectors of the output second moment ``E[y y^T]`` and sets
     ``basis = diag(1 / lambda) V^T M``: the truncation that is optimal for the layer's output on the data that gave the
-    moment; the bases then are orthonormal in the data's metric, not in the Euclidean one.
+    moment; the bases then are orthonormal in the data's metric, not in the Euclidean one. ``"kfac"`` weighs output
+    errors by the second moment of the loss gradient there (Martens and Grosse, arXiv 1503.05671): the truncation that
+    is optimal for the loss, to second order and within that approximation; V then is not orthonormal.
 
     Args:
         matrix: ``[groups, out_per_group, fan_in]``, any floating dtype.
         metric: One of `METRICS`.
-        moment: For ``"activation"``: ``[groups * out_per_group, groups * out_per_group]``, of which only the diagonal
-            blocks of the groups are used, or these blocks, ``[groups, out_per_group, out_per_group]``.
+        moment: For ``"activation"`` and ``"kfac"``: ``[groups * out_per_group, groups * out_per_group]``, of which only
+            the diagonal blocks of the groups are used, or these blocks, ``[groups, out_per_group, out_per_group]``.
+        gradient: For ``"kfac"``: the second moment of the gradients at its outputs, in the same form.
 
     Returns:
         Factors in float64, on the matrix's device where that supports float64 and on the CPU otherwise.
@@ -59,11 +66,20 @@ def factorize(matrix: Tensor, *, metric: str = "euclidean", moment: Tensor | Non
         return Factors(basis=right, coefficients=left * sigma[:, None, :], sigma=sigma)
     if moment is None:
         raise ValueError(f"`metric={metric!r}` needs the second moment of its outputs.")
-    return _activation_factors(matrix, _blocks(moment, matrix))
+    if metric == "activation":
+        return _weighted_factors(matrix, blocks_of(moment, matrix), None)
+    if gradient is None:
+        raise ValueError(f"`metric={metric!r}` needs the second moment of the gradients at its outputs.")
+    return _weighted_factors(matrix, blocks_of(moment, matrix), blocks_of(gradient, matrix, what="gradient"))
 
 
 def refactorize(
-    coefficients: Tensor, basis: Tensor, *, metric: str = "euclidean", moment: Tensor | None = None
+    coefficients: Tensor,
+    basis: Tensor,
+    *,
+    metric: str = "euclidean",
+    moment: Tensor | None = None,
+    gradient: Tensor | None = None,
 ) -> Factors:
     """Factorise the product of two factors anew; as many bases as before reproduce it exactly.
 
@@ -75,6 +91,7 @@ def refactorize(
         basis: ``[groups, rank, fan_in]``.
         metric: See `factorize`.
         moment: See `factorize`.
+        gradient: See `factorize`.
 
     Returns:
         Factors of the same rank, as those of `factorize`.
@@ -85,21 +102,34 @@ def refactorize(
     coefficients, basis = to_float64(coefficients), to_float64(basis)
     product = coefficients @ basis
     if basis.shape[1] == product.shape[1] or not product.isfinite().all():
-        return factorize(product, metric=metric, moment=moment)
+        return factorize(product, metric=metric, moment=moment, gradient=gradient)
     space = torch.linalg.qr(coefficients).Q
-    blocks = None if moment is None else space.mT @ _blocks(moment, product) @ space
-    inside = factorize(space.mT @ coefficients @ basis, metric=metric, moment=blocks)
+    inside = factorize(
+        space.mT @ coefficients @ basis,
+        metric=metric,
+        moment=None if moment is None else space.mT @ blocks_of(moment, product) @ space,
+        gradient=None if gradient is None else space.mT @ blocks_of(gradient, product, what="gradient") @ space,
+    )
     return Factors(inside.basis, space @ inside.coefficients, inside.sigma)
 
 
-def _blocks(moment: Tensor, matrix: Tensor) -> Tensor:
-    """The diagonal blocks of the groups, ``[groups, out_per_group, out_per_group]``."""
+def blocks_of(moment: Tensor, matrix: Tensor, *, what: str = "output") -> Tensor:
+    """The diagonal blocks of a moment, one for each group, ``[groups, out_per_group, out_per_group]`` in float64.
+
+    Args:
+        moment: These blocks, or the whole.
+        matrix: The weight, ``[groups, out_per_group, fan_in]``.
+        what: What the moment is of, for errors.
+
+    Raises:
+        ValueError: If its size is another, or it holds NaN or infinity.
+    """
     groups, out = matrix.shape[:2]
     if moment.shape not in ((groups * out, groups * out), (groups, out, out)):
         total = groups * out
-        raise ValueError(f"its output statistics must be {total} x {total}, got the shape {tuple(moment.shape)}.")
+        raise ValueError(f"its {what} statistics must be {total} x {total}, got the shape {tuple(moment.shape)}.")
     if not moment.isfinite().all():
-        raise ValueError("its output statistics hold NaN or infinity; check the calibration data.")
+        raise ValueError(f"its {what} statistics hold NaN or infinity; check the calibration data.")
     moment = to_float64(moment).to(matrix.device)
     if moment.dim() == 3:
         return moment
@@ -131,23 +161,54 @@ def _gram_factors(matrix: Tensor) -> Factors:
     return Factors(basis, coefficients.gather(2, order[:, None, :].expand_as(coefficients)), sigma)
 
 
-def _activation_factors(matrix: Tensor, blocks: Tensor, *, ridge: float = 1e-4) -> Factors:
+def _weighted_factors(matrix: Tensor, blocks: Tensor, gradient: Tensor | None) -> Factors:
+    """Factors by which a truncation has the least output error, weighted by a second moment of output gradients.
+
+    With ``C = M A M^T`` the output moment, G that of the gradients (None for the identity) and ``G^(1/2) C G^(1/2) =
+    W diag(lambda^2) W^T``: coefficients ``G^(-1/2) W diag(lambda)``, bases ``diag(1 / lambda) W^T G^(1/2) M``. This is
+    the SVD of ``G^(1/2) M A^(1/2)``.
+    """
     out, fan_in = matrix.shape[1:]
     # Outputs lie in the column space of the matrix. Working inside it keeps full rank exact when fan_in < out and the
     # moment, often summed in float32, holds noise outside of it.
     space = torch.linalg.qr(matrix).Q if fan_in < out else None
     if space is not None:
         blocks, matrix = space.mT @ blocks @ space, space.mT @ matrix
-    gram = matrix @ matrix.mT
+        gradient = None if gradient is None else space.mT @ gradient @ space
     # The ridge is an isotropic input moment of a share of the measured output power: it keeps directions that the
     # calibration data never excite in a sensible order, and every kept lambda away from zero.
-    power = blocks.diagonal(dim1=1, dim2=2).sum(1) / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
-    blocks = blocks + (ridge * power)[:, None, None] * gram
+    blocks = blocks + _RIDGE * isotropic(matrix, blocks)
+    root, inverse = (None, None) if gradient is None else _roots(gradient)
+    if root is not None:
+        blocks, matrix = root @ blocks @ root, root @ matrix
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     values, vectors = values.flip(1), vectors.flip(2)
     sigma = values.clamp_min(0).sqrt()
     floor = sigma[:, :1] * 1e-7
     safe = torch.where(sigma > floor, sigma, torch.where(floor > 0, floor, torch.ones_like(floor)))
     basis = (vectors.mT @ matrix) / safe[:, :, None]
-    outward = vectors if space is None else space @ vectors
+    outward = vectors if inverse is None else inverse @ vectors
+    outward = outward if space is None else space @ outward
     return Factors(basis=basis, coefficients=outward * safe[:, None, :], sigma=safe)
+
+
+def isotropic(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """The output moment that white inputs would give, scaled to the power of a measured one.
+
+    Args:
+        matrix: ``[groups, out_per_group, fan_in]``.
+        blocks: ``[groups, out_per_group, out_per_group]``.
+    """
+    gram = matrix @ matrix.mT
+    power = blocks.diagonal(dim1=1, dim2=2).sum(1) / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
+    return power[:, None, None] * gram
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """``(G + ridge)^(1/2)`` and its inverse per group, scaled to a mean power of 1; identities where G is zero."""
+    identity = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
+    power = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    unit = torch.where(power > 0, moment / power.clamp_min(1e-300), identity)
+    values, vectors = torch.linalg.eigh((unit + unit.mT) / 2 + _RIDGE * identity)
+    values = values.clamp_min(_RIDGE / 2)[:, None, :].sqrt()
+    return vectors * values @ vectors.mT, vectors / values @ vectors.mT

@@ -7,18 +7,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp._checks import check_choice, check_share, check_whole
+from bsdp.calibration import check_shrinkage, rebase
 from bsdp.cost import BASIS_KINDS, ModelCost
+from bsdp.factorize import METRICS
+from bsdp.gradient_moments import MetricCollector, inputs_and_labels
 from bsdp.importance import DATA_FREE, IMPORTANCES, FeatureStatistics, ScoreAccumulator
 from bsdp.layers import named_pairs
+from bsdp.moments import LayerMoment
+from bsdp.probing import as_inputs
 from bsdp.pruning import prune
 from bsdp.rounds import RoundPruner, RoundSettings
 from bsdp.selection import RANKINGS, PruningPlan, least_rank, select
 from bsdp.sparsifiers import add_l1_gradient, check_sparsifier
 from bsdp.stats import limit_pairs
+
+REBASE_TIMES = ("never", "warmup", "every_round")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,12 @@ class PruningSettings(RoundSettings):
         distillation: Weight, in [0, 1], of what the unpruned model says against the labels, see `Distiller`; 0: none.
         distillation_temperature: See `distillation_loss`.
         distillation_module: Name of the module that returns the class scores; None for the network.
+        rebase: When bases are chosen anew: ``"never"``; ``"warmup"``, at the start of the last warm-up epoch, when head
+            and batch norms were trained; ``"every_round"``, at the start of the last epoch before every cut. That epoch
+            gives the scores, which belong to the new bases.
+        metric: By what they are chosen then, see `bsdp.rebase`.
+        centred: See `bsdp.rebase`.
+        shrinkage: See `bsdp.rebase`.
         sparsifier: ``"l1"``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
             factors, see `bsdp.sparsifiers`. Scores do not see it.
         sparsity_weight: Weight of the penalty.
@@ -54,6 +68,10 @@ class PruningSettings(RoundSettings):
 
     importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    rebase: Literal["never", "warmup", "every_round"] = "never"
+    metric: Literal["euclidean", "activation", "kfac"] = "activation"
+    centred: bool = False
+    shrinkage: float | None = None
     sparsifier: Literal["none", "l1"] = "none"
     sparsity_weight: float = 0.0
     mean_to_bias: bool = True
@@ -62,6 +80,14 @@ class PruningSettings(RoundSettings):
     rank_multiple: int = 1
 
     def __post_init__(self) -> None:
+        check_choice("rebase", self.rebase, REBASE_TIMES)
+        check_choice("metric", self.metric, METRICS)
+        check_shrinkage(self.shrinkage)
+        if self.rebase != "never" and self.metric == "kfac" and self.warmup_epochs < 2:
+            raise ValueError(
+                f"`metric='kfac'` needs `warmup_epochs` of at least 2, got {self.warmup_epochs}: an epoch that trains "
+                "the head, without which gradients mean nothing, and one that scores the new bases."
+            )
         check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
@@ -228,6 +254,83 @@ class IterativePruner(RoundPruner):
         if cost.knows(settings.target_kind):
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
+        self.rebased_for = 0  # the cut (counted from 1) that bases were last chosen for
+
+    def rebase_due(self, epoch: int) -> bool:
+        """Whether bases have to be chosen anew before `epoch` trains; ask after `cut`."""
+        if self.settings.rebase == "never" or self.stopped or self.scheduled >= self.settings.rounds:
+            return False
+        if self.rebased_for > self.scheduled or (self.settings.rebase == "warmup" and not self.warming_up):
+            return False
+        return epoch >= self.next_cut - 1
+
+    def rebase(
+        self,
+        batches: Iterable[Any],
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        optimizers: Iterable[Optimizer] = (),
+    ) -> None:
+        """Choose the bases anew by what the network does on some batches; its function and its ranks stay.
+
+        Args:
+            batches: As in `collect_gradient_moments`; labels are of use for the KFAC metric only. None are read for the
+                Euclidean one.
+            loss: See `collect_gradient_moments`.
+            generator: See there.
+            optimizers: Optimizers to keep in step.
+
+        Raises:
+            ValueError: If there is no batch, or one does not fit.
+        """
+        if self.settings.metric == "euclidean":
+            return self.change_bases({}, {}, optimizers=optimizers)
+        collector = MetricCollector(self.pairs, self.settings.metric, loss=loss, generator=generator)
+        batch = None
+        with collector.collecting(self.network) as take:
+            for batch in batches:
+                inputs, labels = inputs_and_labels(batch)
+                take(self.network(*as_inputs(inputs)), labels)
+        if batch is None:
+            raise ValueError("`batches` is empty: choosing bases needs at least one batch of calibration data.")
+        self.change_bases(*collector.compute(), optimizers=optimizers)
+
+    def change_bases(
+        self,
+        moments: Mapping[str, LayerMoment],
+        gradients: Mapping[str, LayerMoment],
+        *,
+        optimizers: Iterable[Optimizer] = (),
+    ) -> None:
+        """Choose the bases anew by moments that somebody has collected; see `rebase`.
+
+        Args:
+            moments: Output moments of `pairs`, by the same names.
+            gradients: Their gradient moments, for the KFAC metric.
+            optimizers: Optimizers to keep in step.
+        """
+        settings = self.settings
+        rebase(
+            self.pairs,
+            moments,
+            metric=settings.metric,
+            gradients=gradients,
+            centred=settings.centred,
+            shrinkage=settings.shrinkage,
+            optimizers=optimizers,
+        )
+        self.stage.rebind()  # scores of other bases
+        self.rebased_for = self.scheduled + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {**super().state_dict(), "rebased_for": self.rebased_for}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; the model must have the structure of then."""
+        super().load_state_dict(state)
+        self.rebased_for = int(state.get("rebased_for", 0))  # older files have none
 
     def new_stage(self, network: nn.Module, settings: PruningSettings) -> BasisStage:
         """Make what scores and removes the bases."""

@@ -379,6 +379,7 @@ class RoundPruning(Callback, ABC):
 
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._cut_if_due(trainer, pl_module)
+        self.prepare_epoch(trainer, pl_module)
         self._pruner().start_epoch()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -402,6 +403,9 @@ class RoundPruning(Callback, ABC):
                 f"bsdp: epoch {trainer.current_epoch}: round {self.record.rounds[-1].round} of "
                 f"{pruner.settings.rounds} {describe_cut(self.record)}"
             )
+
+    def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What has to happen as an epoch starts, after the cut if one was due."""
 
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen just before a cut."""

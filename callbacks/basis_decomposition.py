@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_choice, check_patterns, matches
-from bsdp.calibration import OutputMoments, rebase
-from bsdp.callbacks._measuring import as_parameters, own_iterator
-from bsdp.callbacks._processes import mean_over_processes
+from bsdp.calibration import check_shrinkage, rebase
+from bsdp.callbacks._calibration import module_moments
+from bsdp.callbacks._processes import rewrap
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import inside_compiled, plain_name
 from bsdp.decompose import Decomposition, decompose, find_head
-from bsdp.factorize import METRICS
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
 from bsdp.layers import BasisPair, named_pairs
 from bsdp.optimizers import adopt_parameters
-from bsdp.probing import first_tensor
 from bsdp.structure import structure_of
+from bsdp.weight_training import condition_factors
 
 
 class BasisDecomposition(Callback):
@@ -39,6 +37,10 @@ class BasisDecomposition(Callback):
         exclude: Name patterns of layers not to decompose, relative to `backbone`.
         metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation``
             orders them by what they contribute to the layers' outputs on the first training batches.
+        centred: In the activation metric, order bases by the variance of what they put out instead of its power: for
+            pruning that moves means into biases.
+        shrinkage: How much of white inputs is mixed into what the activation metric measures, in [0, 1]. null: as much
+            as the spread between the examples suggests.
         calibration_batches: Batches that the activation metric reads before training.
         train: ``scales`` trains one factor per basis and the head, as the paper does; ``weights`` trains all weights,
             those of the bases and of the 1x1 layers as well, which repairs more of what a cut breaks.
@@ -55,12 +57,20 @@ class BasisDecomposition(Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         metric: Literal["euclidean", "activation"] = "euclidean",
+        centred: bool = False,
+        shrinkage: float | None = None,
         calibration_batches: int = 16,
         train: Literal["scales", "weights"] = "scales",
         batch_norm: Literal["frozen", "stats", "affine", "all"] | None = None,
         train_bias: bool = False,
     ) -> None:
-        check_choice("metric", metric, METRICS)
+        if metric == "kfac":  # type: ignore[comparison-overlap]
+            raise ValueError(
+                "`metric: kfac` weighs bases by the loss, which says nothing while the head is new: set "
+                "`rebase: warmup` and `metric: kfac` on `IterativeBasisPruning`, and `euclidean` or `activation` here."
+            )
+        check_choice("metric", metric, ("euclidean", "activation"))
+        check_shrinkage(shrinkage)
         check_at_least("calibration_batches", calibration_batches, 1)
         check_choice("train", train, ("scales", "weights"))
         batch_norm = batch_norm or ("all" if train == "weights" else "frozen")
@@ -70,6 +80,8 @@ class BasisDecomposition(Callback):
         self.include = include
         self.exclude = exclude
         self.metric = metric
+        self.centred = centred
+        self.shrinkage = shrinkage
         self.calibration_batches = calibration_batches
         self.train = train
         self.batch_norm: Any = batch_norm
@@ -128,34 +140,20 @@ class BasisDecomposition(Callback):
         pairs = named_pairs(pl_module)
         untouched = all(pair.rank == pair.full_rank for pair in pairs.values())
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
-            rebase(pairs, self._output_moments(trainer, pl_module, pairs))
+            moments, _ = module_moments(trainer, pl_module, pairs, metric=self.metric, batches=self.calibration_batches)
+            rebase(pairs, moments, centred=self.centred, shrinkage=self.shrinkage)
 
-    def _output_moments(
-        self, trainer: Trainer, pl_module: LightningModule, pairs: dict[str, BasisPair]
-    ) -> dict[str, Tensor]:
-        """Second moments of the layers' outputs on the first training batches of all processes."""
-        moments = OutputMoments(pairs)
-        with moments.collecting(pl_module):
-            for batch in islice(own_iterator(trainer.train_dataloader), self.calibration_batches):
-                images = first_tensor(trainer.strategy.batch_to_device(batch))
-                if images is None:
-                    raise ValueError(
-                        "`metric: activation` reads the first floating-point tensor of a training batch, and there "
-                        "is none; use `metric: euclidean`."
-                    )
-                pl_module(as_parameters(images, pl_module))
-        # Each process saw its own share of the data; all of them must get the same bases.
-        reduced = {name: mean_over_processes(trainer, moment) for name, moment in moments.compute().items()}
-        broken = [name for name, moment in reduced.items() if not moment.isfinite().all()]
-        if broken:
-            rank_zero_warn(
-                f"the outputs of {len(broken)} layers (first: {broken[0]!r}) are NaN or infinite on the first training "
-                "batches: these layers keep the bases of the euclidean metric."
-            )
-        return {name: moment for name, moment in reduced.items() if name not in broken}
+        self._condition(trainer, pairs)
+
+    def _condition(self, trainer: Trainer, pairs: dict[str, BasisPair]) -> None:
+        """Where weights train: fix the square layers of pairs at full rank, and let those train that were cut."""
+        if self.train == "weights" and condition_factors(pairs, optimizers=trainer.optimizers):
+            rewrap(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
+        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since; follow a cut."""
+        if batch_idx == 0:
+            self._condition(trainer, named_pairs(pl_module))
         for module in self._fixed_batch_norms:
             if module.training:
                 module.eval()

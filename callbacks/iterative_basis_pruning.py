@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from bsdp._checks import check_at_least, check_whole
+from bsdp.callbacks._calibration import Moments, module_moments
 from bsdp.callbacks._latency import table_for_run
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales
@@ -73,6 +75,15 @@ class IterativeBasisPruning(RoundPruning):
         distillation_temperature: Temperature of the class probabilities that are compared.
         distillation_module: Dotted name of the module that returns the class scores ``[batch, classes]``. Default: the
             one child of the module with parameters, else the module itself.
+        rebase: When bases are chosen anew, keeping ranks and function: ``never``, ``warmup`` (at the start of the last
+            warm-up epoch, when head and batch norms were trained) or ``every_round`` (at the start of the last epoch
+            before every cut; also keeps factors well conditioned while weights train). That epoch gives the scores.
+        metric: By what they are chosen then: ``euclidean``, ``activation`` (what bases contribute to the layers'
+            outputs on training batches) or ``kfac`` (what errors there do to the loss; needs two warm-up epochs).
+        centred: Order bases by the variance of what they put out instead of its power; goes with `mean_to_bias`.
+        shrinkage: How much of white inputs is mixed into what is measured, in [0, 1]. null: as much as the spread
+            between the examples suggests.
+        calibration_batches: Training batches that `rebase` reads each time.
         mean_to_bias: Move the mean output of removed bases into biases.
         min_rank: Rank that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
@@ -111,6 +122,11 @@ class IterativeBasisPruning(RoundPruning):
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
+        rebase: Literal["never", "warmup", "every_round"] = "never",
+        metric: Literal["euclidean", "activation", "kfac"] = "activation",
+        centred: bool = False,
+        shrinkage: float | None = None,
+        calibration_batches: int = 16,
         mean_to_bias: bool = True,
         min_rank: int = 1,
         max_layer_ratio: float = 0.95,
@@ -122,6 +138,8 @@ class IterativeBasisPruning(RoundPruning):
     ) -> None:
         if rounds is not None:
             check_at_least("rounds", rounds, 1)
+        check_at_least("calibration_batches", calibration_batches, 1)
+        self.calibration_batches = calibration_batches
         settings = PruningSettings(
             target=target,
             target_kind=target_kind,
@@ -139,6 +157,10 @@ class IterativeBasisPruning(RoundPruning):
             distillation=distillation,
             distillation_temperature=distillation_temperature,
             distillation_module=distillation_module,
+            rebase=rebase,
+            metric=metric,
+            centred=centred,
+            shrinkage=shrinkage,
             mean_to_bias=mean_to_bias,
             min_rank=min_rank,
             max_layer_ratio=max_layer_ratio,
@@ -196,6 +218,20 @@ class IterativeBasisPruning(RoundPruning):
         """Refuse scaling factors that do not train."""
         if self._pruner().needs_gradients:
             check_scales(trainer.optimizers, named_pairs(self._pruner().network))
+
+    def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose bases anew before the epoch that scores them."""
+        pruner = self._pruner()
+        assert isinstance(pruner, IterativePruner)
+        if not pruner.rebase_due(trainer.current_epoch):
+            return
+        moments: tuple[Moments, Moments] = ({}, {})
+        if self.settings.metric != "euclidean":
+            moments = module_moments(
+                trainer, pl_module, pruner.pairs, metric=self.settings.metric, batches=self.calibration_batches
+            )
+        pruner.change_bases(*moments, optimizers=trainer.optimizers)
+        rank_zero_info(f"bsdp: epoch {trainer.current_epoch}: bases chosen anew, metric {self.settings.metric}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, the latency table included."""

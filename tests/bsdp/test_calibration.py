@@ -29,7 +29,11 @@ def test_moments_are_those_of_the_outputs_without_bias(name: str) -> None:
     assert moments.keys() == outputs.keys()
     for key, parts in outputs.items():
         columns = torch.cat(parts)
-        torch.testing.assert_close(moments[key], (columns.T @ columns / len(columns)).double(), rtol=1e-5, atol=1e-6)
+        assert moments[key].count == len(columns)
+        second = (columns.T @ columns / len(columns)).double()
+        torch.testing.assert_close(moments[key].second, second, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments[key].mean, columns.mean(0).double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments[key].covariance, columns.T.cov(correction=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(NETS))
@@ -153,6 +157,6 @@ def test_a_metric_of_the_data_needs_moments() -> None:
 
 def test_nan_moments_are_refused() -> None:
     model = decomposed(make_net("conv"))
-    moments = {name: m * float("nan") for name, m in collect_output_moments(model, [make_input("conv")]).items()}
+    moments = {name: m.second * float("nan") for name, m in collect_output_moments(model, [make_input("conv")]).items()}
     with pytest.raises(ValueError, match="layer 'conv1': its output statistics hold NaN or infinity"):
         rebase(bsdp.named_pairs(model), moments)

@@ -224,7 +224,7 @@ def test_a_single_string_is_refused_as_patterns(argument: str) -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="`metric` must be one of 'euclidean', 'activation', got 'cosine'"):
+    with pytest.raises(ValueError, match="`metric` must be one of 'euclidean', 'activation', 'kfac', got 'cosine'"):
         bsdp.decompose(make_net("conv"), metric="cosine")
     with pytest.raises(ValueError, match="`metric` must be one of"):
         bsdp.pair_from_layer(nn.Linear(3, 3), metric="cosine")

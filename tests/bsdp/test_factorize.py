@@ -29,6 +29,12 @@ def coloured_images(*shape: int) -> Tensor:
     return (images.cumsum(-1).cumsum(-2) / shape[-1] + 0.5) * torch.linspace(0.1, 2.0, shape[1])[:, None, None]
 
 
+def moments_of(metric: str, size: int) -> dict[str, Tensor | None]:
+    """Random arguments of `factorize`."""
+    moment = None if metric == "euclidean" else random_moment(size)
+    return {"moment": moment, "gradient": random_moment(size) if metric == "kfac" else None}
+
+
 def squared_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).detach().square().sum())
 
@@ -37,8 +43,7 @@ def squared_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("metric", METRICS)
 def test_factors_multiply_back_to_the_matrix(shape: tuple[int, int, int], metric: str) -> None:
     matrix = torch.randn(shape, dtype=torch.float64)
-    moment = random_moment(shape[0] * shape[1]) if metric == "activation" else None
-    factors = factorize(matrix, metric=metric, moment=moment)
+    factors = factorize(matrix, metric=metric, **moments_of(metric, shape[0] * shape[1]))
     rank = min(shape[1:])
     assert factors.basis.shape == (shape[0], rank, shape[2])
     assert factors.coefficients.shape == (shape[0], shape[1], rank)
@@ -133,7 +138,7 @@ def test_activation_metric_never_has_a_larger_output_error_than_the_plain_svd(na
     gains = []
     for rank in range(1, bsdp.layer_cost(layer).full_rank):
         errors = {}
-        for metric in METRICS:
+        for metric in ("euclidean", "activation"):
             pair = bsdp.pair_from_layer(layer, metric=metric, moment=moment)
             pair.keep(torch.cat([torch.arange(rank) + g * pair.rank for g in range(pair.groups)]))
             errors[metric] = squared_error(pair(inputs), layer(inputs))
@@ -179,7 +184,7 @@ def test_activation_metric_copes_with_data_that_never_excite_the_layer() -> None
 
 def test_a_weight_of_zeros_is_factorised_into_zeros() -> None:
     for metric in METRICS:
-        factors = factorize(torch.zeros(2, 3, 4), metric=metric, moment=torch.zeros(6, 6))
+        factors = factorize(torch.zeros(2, 3, 4), metric=metric, moment=torch.zeros(6, 6), gradient=torch.zeros(6, 6))
         assert (factors.coefficients @ factors.basis == 0).all()
         assert factors.sigma.isfinite().all()
 
@@ -255,7 +260,7 @@ def test_least_squares_scales_of_the_survivors_stay_one(name: str) -> None:
 
 
 # Order: more rank never raises the error.
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["euclidean", "activation"])
 def test_more_rank_never_raises_the_output_error(metric: str) -> None:
     layer = nn.Conv2d(6, 10, 3).double()
     inputs = coloured_images(8, 6, 9, 9)
@@ -266,3 +271,85 @@ def test_more_rank_never_raises_the_output_error(metric: str) -> None:
         errors.append(squared_error(pair(inputs), layer(inputs)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-20
+
+
+def weighted_error(layer: nn.Conv2d, inputs: Tensor, gradient: Tensor, metric: str, rank: int) -> float:
+    """The squared output error of a truncation, weighted by a moment of gradients."""
+    factors = factorize(
+        to_matrix(layer.weight.detach(), layer.groups),
+        metric=metric,
+        moment=output_moment(layer, inputs),
+        gradient=gradient,
+    )
+    pair = bsdp.pair_from_layer(layer)
+    pair.set_factors(factors.basis, factors.coefficients, factors.sigma)
+    pair.keep(torch.cat([torch.arange(rank) + g * pair.rank for g in range(pair.groups)]))
+    error = (pair(inputs) - layer(inputs)).detach().movedim(1, -1).flatten(0, -2)
+    return float((error @ gradient * error).sum())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 12), (2, 40)], ids=["wide", "tall"])
+def test_kfac_truncation_never_has_a_larger_weighted_error(groups: int, inputs: int, outputs: int) -> None:
+    layer = nn.Conv2d(inputs * groups, outputs * groups, 3, groups=groups).double()
+    images = coloured_images(10, inputs * groups, 7, 7)
+    gradient = torch.block_diag(*(random_moment(outputs) for _ in range(groups)))
+    total = weighted_error(layer, images, gradient, "euclidean", 1)
+    gains = []
+    for rank in range(1, min(9 * inputs, outputs)):
+        errors = {m: weighted_error(layer, images, gradient, m, rank) for m in METRICS}
+        assert errors["kfac"] <= errors["activation"] * (1 + 1e-3) + 3e-4 * total
+        gains.append(errors["activation"] / max(errors["kfac"], 1e-12))
+    assert max(gains) > 1.2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kfac_with_white_gradients_is_the_activation_metric(shape: tuple[int, int, int]) -> None:
+    matrix, size = torch.randn(shape, dtype=torch.float64), shape[0] * shape[1]
+    moment = random_moment(size)
+    white = torch.block_diag(*(3.0 * (g + 1) * torch.eye(shape[1]) for g in range(shape[0])))
+    expected = factorize(matrix, metric="activation", moment=moment)
+    actual = factorize(matrix, metric="kfac", moment=moment, gradient=white)
+    assert relative_error(actual.sigma, expected.sigma) < 1e-4
+    for rank in range(1, min(shape[1:]) + 1):
+        products = [f.coefficients[:, :, :rank] @ f.basis[:, :rank] for f in (actual, expected)]
+        assert relative_error(*products) < 1e-6
+
+
+def test_kfac_is_the_svd_of_the_weight_between_both_moments() -> None:
+    layer = nn.Linear(10, 6, bias=False).double()
+    inputs = torch.randn(200, 10, dtype=torch.float64) @ torch.randn(10, 10, dtype=torch.float64)
+    mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, dtype=torch.float64)
+    gradients = torch.randn(200, 6, dtype=torch.float64) @ mixing
+    gradient = gradients.T @ gradients / 200
+    matrix = layer.weight.detach()
+    factors = factorize(matrix[None], metric="kfac", moment=output_moment(layer, inputs), gradient=gradient)
+    roots = []
+    for moment in (input_moment(layer, inputs), gradient / gradient.diagonal().mean()):
+        values, vectors = torch.linalg.eigh(moment)
+        roots.append(vectors * values.sqrt() @ vectors.T)
+    left, sigma, right = torch.linalg.svd(roots[1] @ matrix @ roots[0], full_matrices=False)
+    assert relative_error(factors.sigma[0], sigma) < 1e-2  # up to the ridges
+    for rank in range(1, 6):
+        truncated = left[:, :rank] * sigma[:rank] @ right[:rank]
+        expected = torch.linalg.inv(roots[1]) @ truncated @ torch.linalg.inv(roots[0])
+        assert relative_error(factors.coefficients[0, :, :rank] @ factors.basis[0, :rank], expected) < 2e-2
+
+
+@pytest.mark.parametrize("gradient", [torch.zeros(5, 5), random_moment(5, rank=1)], ids=["none", "rank one"])
+def test_kfac_copes_with_gradients_that_vanish(gradient: Tensor) -> None:
+    matrix, moment = torch.randn(1, 5, 7, dtype=torch.float64), random_moment(5)
+    factors = factorize(matrix, metric="kfac", moment=moment, gradient=gradient)
+    assert factors.sigma.isfinite().all()
+    assert (factors.sigma.diff() <= 0).all()
+    assert relative_error(factors.coefficients @ factors.basis, matrix) < 1e-11
+
+
+def test_kfac_without_gradients_or_with_broken_ones_is_refused() -> None:
+    matrix, moment = torch.randn(1, 3, 4), torch.eye(3)
+    with pytest.raises(ValueError, match="`metric='kfac'` needs the second moment of the gradients"):
+        factorize(matrix, metric="kfac", moment=moment)
+    with pytest.raises(ValueError, match="its gradient statistics must be 3 x 3"):
+        factorize(matrix, metric="kfac", moment=moment, gradient=torch.eye(4))
+    with pytest.raises(ValueError, match="its gradient statistics hold NaN"):
+        factorize(matrix, metric="kfac", moment=moment, gradient=moment * float("nan"))
