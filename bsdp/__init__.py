@@ -20,11 +20,12 @@ from bsdp.diff_pruning import SparseDelta, attach_deltas, detach_deltas, named_d
 from bsdp.distillation import Distiller, distillation_loss
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings, output_change
 from bsdp.export import ExportReport, export
+from bsdp.feature_statistics import FeatureStatistics
 from bsdp.files import load, read_metadata, save
 from bsdp.folding import fold, fold_pair
 from bsdp.freezing import fixed_batch_norms, freeze
 from bsdp.gradient_moments import collect_gradient_moments
-from bsdp.importance import FeatureStatistics, ScoreAccumulator
+from bsdp.importance import ScoreAccumulator
 from bsdp.latency import LatencyTable, LayerLatency
 from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import BasisPair, BasisScalingConv, named_pairs

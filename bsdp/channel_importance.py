@@ -13,9 +13,10 @@ from bsdp import channel_criteria as criteria
 from bsdp._checks import check_choice
 from bsdp.channel_graph import ChannelGroup
 from bsdp.channel_terms import StepTerms
-from bsdp.channel_watching import Readers, by_example, watch_inputs
+from bsdp.channel_watching import Readers, by_example
 from bsdp.compiling import uncompiled
 from bsdp.importance import NoScoresError
+from bsdp.input_watching import watch_inputs
 
 CRITERIA = (
     "taylor_2016",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.channel_graph import ChannelGroup
-from bsdp.channel_watching import by_example, watch_inputs
+from bsdp.channel_watching import by_example
 from bsdp.compiling import uncompiled
+from bsdp.input_watching import watch_inputs
 from bsdp.layers import BasisPair, is_transposed, layer_groups, to_matrix, weight_of
 
 

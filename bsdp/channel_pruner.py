@@ -189,8 +189,8 @@ class ChannelStage:
         self.scores.rebind(self.groups)
         self.means.rebind(self.groups)
 
-    def collecting(self, scale: float) -> ExitStack | None:
-        """Watch what the layers read."""
+    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
+        """Watch what the layers read; terms are those of a whole optimizer step, whatever its parts."""
         stack = ExitStack()
         if self.scores.needs_hooks:
             stack.enter_context(self.scores.collecting(scale))

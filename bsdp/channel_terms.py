@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.channel_criteria import reader_terms, taylor_2016, taylor_2019
-from bsdp.channel_watching import Readers, by_example, trains, watch_gradients
+from bsdp.channel_watching import Readers, by_example, trains
+from bsdp.input_watching import watch_gradients
 from bsdp.layers import weight_of
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.factorize import factorize
-from bsdp.importance import FeatureStatistics
+from bsdp.feature_statistics import FeatureStatistics
 from bsdp.joint_moments import JointMoments, Survey, collect_joint_moments, survey_outputs
 from bsdp.layers import BasisPair, column_matrix, matrix_of, named_pairs
 from bsdp.least_squares import LowRank, reduced_rank_layer, refitted_layer

@@ -21,12 +21,13 @@ from torch.optim import Optimizer
 from bsdp._checks import check_choice
 from bsdp.channel_pruner import SCALED, ChannelPruningSettings, ChannelStage, describe_channels, smallest_cost
 from bsdp.cost import ModelCost
-from bsdp.importance import DATA_FREE, IMPORTANCES, NoScoresError
+from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.pruner import BasisStage
 from bsdp.record import RoundRecord
 from bsdp.rounds import RoundPruner, Stage
+from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS
 from bsdp.sparsifiers import check_sparsifier
 from bsdp.stats import measure_cost
@@ -72,6 +73,7 @@ class DoublePruningSettings(ChannelPruningSettings):
         order: ``"basis_then_channel"``, ``"channel_then_basis"`` or ``"alternate"``.
         split: Share of the removal that bases take, in [0, 1], or ``"auto"``: found on validation data.
         importance: Score of bases, see `ScoreAccumulator`.
+        score_momentum: Weight of the scores that bases had in earlier rounds, in [0, 1), see `ScoreAverage`.
         ranking: How bases of different layers compare, see `select`.
         sparsifier: ``"l1"``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
             factors, see `bsdp.sparsifiers`. Scores do not see it.
@@ -85,7 +87,8 @@ class DoublePruningSettings(ChannelPruningSettings):
 
     order: Literal["basis_then_channel", "channel_then_basis", "alternate"] = "basis_then_channel"
     split: float | Literal["auto"] = "auto"
-    importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
+    importance: Importance = "mean_square"
+    score_momentum: float = 0.0
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
     sparsifier: Literal["none", "l1"] = "none"
     sparsity_weight: float = 0.0
@@ -96,6 +99,7 @@ class DoublePruningSettings(ChannelPruningSettings):
         check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_choice("order", self.order, ORDERS)
         check_choice("importance", self.importance, IMPORTANCES)
+        check_momentum(self.score_momentum)
         check_choice("ranking", self.ranking, RANKINGS)
         if self.criterion in SCALED:
             raise ValueError(
@@ -229,7 +233,10 @@ class DoublePruner(RoundPruner):
         else:
             how, goal, middle = self._by_share(float(self.settings.split), budget)
         self._cut_by = how
-        return self._cut(how, goal, optimizers, middle) and goal <= budget
+        reached = self._cut(how, goal, optimizers, middle)
+        if "channel" in self._cut_by:
+            self.basis.bases_changed()
+        return reached and goal <= budget
 
     def _cut(self, how: str, budget: float, optimizers: list[Optimizer], middle: float | None = None) -> bool:
         """Make one of the cuts of `CUTS`, bases to `middle` where channels follow; return whether it gets there."""

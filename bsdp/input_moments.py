@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsdp._checks import check_whole
-from bsdp.channel_watching import watch_inputs
+from bsdp.input_watching import watch_inputs
 from bsdp.layers import spatial_dims, weight_of
 from bsdp.probing import probe
 

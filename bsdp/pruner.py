@@ -15,13 +15,15 @@ from bsdp._checks import check_choice, check_share, check_whole
 from bsdp.calibration import check_shrinkage, rebase
 from bsdp.cost import BASIS_KINDS, ModelCost
 from bsdp.factorize import METRICS
+from bsdp.feature_statistics import FeatureStatistics
 from bsdp.gradient_moments import MetricCollector, inputs_and_labels
-from bsdp.importance import DATA_FREE, IMPORTANCES, FeatureStatistics, ScoreAccumulator
+from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, ScoreAccumulator
 from bsdp.layers import named_pairs
 from bsdp.moments import LayerMoment
 from bsdp.probing import as_inputs
 from bsdp.pruning import prune
 from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.score_average import ScoreAverage, check_momentum
 from bsdp.selection import RANKINGS, PruningPlan, least_rank, select
 from bsdp.sparsifiers import add_l1_gradient, check_sparsifier
 from bsdp.stats import limit_pairs
@@ -42,6 +44,7 @@ class PruningSettings(RoundSettings):
         warmup_epochs: Epochs before the first cut.
         epochs_per_round: Epochs of training after each cut.
         importance: Score, see `ScoreAccumulator`.
+        score_momentum: Weight of the scores of earlier rounds, in [0, 1), see `ScoreAverage`.
         ranking: How scores of different layers compare, see `select`.
         tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
         mode: ``"max"`` if a higher value is better, else ``"min"``.
@@ -66,7 +69,8 @@ class PruningSettings(RoundSettings):
 
     kinds: ClassVar[Sequence[str]] = BASIS_KINDS
 
-    importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square"
+    importance: Importance = "mean_square"
+    score_momentum: float = 0.0
     ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
     rebase: Literal["never", "warmup", "every_round"] = "never"
     metric: Literal["euclidean", "activation", "kfac"] = "activation"
@@ -91,6 +95,7 @@ class PruningSettings(RoundSettings):
         check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
+        check_momentum(self.score_momentum)
         check_choice("ranking", self.ranking, RANKINGS)
         check_whole("min_rank", self.min_rank, 1)
         check_whole("rank_multiple", self.rank_multiple, 1)
@@ -132,7 +137,8 @@ class BasisStage:
     def __init__(self, network: nn.Module, settings: Any, *, kind: str) -> None:
         self.network, self.settings, self.kind = network, settings, kind
         self.pairs = named_pairs(network)
-        self.scores = ScoreAccumulator(self.pairs, importance=settings.importance)
+        self.scores = ScoreAccumulator(self.pairs, importance=settings.importance, model=network)
+        self.score_average = ScoreAverage(settings.score_momentum)
         self.statistics = FeatureStatistics(self.pairs)
 
     @property
@@ -156,26 +162,39 @@ class BasisStage:
             add_l1_gradient(deltas, self.settings.sparsity_weight, origin=-1.0)
 
     def reset(self) -> None:
-        """Forget all scores."""
+        """Forget all scores, those of earlier rounds included."""
         self.scores.reset()
+        self.score_average.drop()
         self.statistics.reset()
 
     def rebind(self) -> None:
-        """Follow the ranks after a cut."""
+        """Follow the ranks after a cut; the scores of the bases that are left count in the next one."""
+        self.scores.reset()
+        self.score_average.advance()
+        self.statistics.reset()
+
+    def bases_changed(self) -> None:
+        """Forget all scores, because other bases have taken the place of those that they belong to.
+
+        To be called by whatever chooses the bases of a pair anew: a change of metric, or a cut of channels.
+        """
         self.reset()
 
-    def collecting(self, scale: float) -> ExitStack | None:
-        """Watch the features; only energy and the means need them."""
-        if not self.settings.mean_to_bias and self.settings.importance != "energy":
-            return None
+    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
+        """Watch the features, for energy and the means, and their gradients, for scores of examples."""
         stack = ExitStack()
-        stack.enter_context(self.statistics.collecting())
+        if self.settings.mean_to_bias or self.settings.importance == "energy":
+            stack.enter_context(self.statistics.collecting())
+        elif not self.scores.needs_hooks:
+            return None
+        if self.scores.needs_hooks:
+            stack.enter_context(self.scores.collecting(scale, parts))
         return stack
 
     def plan(self, budget: float, cost: ModelCost) -> PruningPlan:
         """Plan the removal of the weakest bases."""
         return select(
-            self.scores.compute(self.statistics),
+            self.score_average.average(self.scores.compute(self.statistics)),
             cost,
             budget=budget,
             kind=self.kind,
@@ -189,6 +208,7 @@ class BasisStage:
         """Remove what the plan does not keep."""
         means = self.statistics.means() if self.settings.mean_to_bias else None
         prune(self.network, plan, means=means, optimizers=optimizers)
+        self.score_average.gather(plan.keep)
         return plan.reached
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -198,11 +218,17 @@ class BasisStage:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint."""
-        return {"scores": self.scores.state_dict(), "statistics": self.statistics.state_dict()}
+        return {
+            "scores": self.scores.state_dict(),
+            "average": self.score_average.state_dict(),
+            "statistics": self.statistics.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.scores.load_state_dict(state["scores"])
+        sizes = {name: pair.scaling.delta.numel() for name, pair in self.pairs.items()}
+        self.score_average.load_state_dict(state.get("average", {}), sizes)
         self.statistics.load_state_dict(state["statistics"])
 
 
@@ -320,7 +346,7 @@ class IterativePruner(RoundPruner):
             shrinkage=settings.shrinkage,
             optimizers=optimizers,
         )
-        self.stage.rebind()  # scores of other bases
+        self.stage.bases_changed()
         self.rebased_for = self.scheduled + 1
 
     def state_dict(self) -> dict[str, Any]:

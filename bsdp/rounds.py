@@ -119,7 +119,7 @@ class Stage(Protocol):
     def rebind(self) -> None:
         """Follow the network after a cut, forgetting all scores."""
 
-    def collecting(self, scale: float) -> ExitStack | None:
+    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
         """Watch forward and backward passes until it is closed; None if there is nothing to watch."""
 
     def plan(self, budget: float, cost: ModelCost) -> Any:
@@ -255,15 +255,16 @@ class RoundPruner:
                     stage.penalise()
 
     @contextmanager
-    def collecting(self, scale: float = 1.0) -> Iterator[None]:
+    def collecting(self, scale: float = 1.0, parts: int = 1) -> Iterator[None]:
         """Watch the forward and backward passes inside the ``with`` block; a sample of the batches is enough.
 
         Args:
             scale: What the loss is multiplied with, under mixed precision.
+            parts: What the loss is divided by, where gradients of so many batches are accumulated.
         """
         with ExitStack() as stack:
             for stage in self.stages.values():
-                watching = stage.collecting(scale)
+                watching = stage.collecting(scale, parts)
                 if watching is not None:
                     stack.enter_context(watching)
             yield

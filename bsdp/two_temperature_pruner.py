@@ -115,9 +115,9 @@ class TwoTemperatureStage(BasisStage):
         self.gates = None
         super().rebind()
 
-    def collecting(self, scale: float) -> Any:
+    def collecting(self, scale: float, parts: int = 1) -> Any:
         """Watch the features for means, and for scores where a structure is given."""
-        return super().collecting(scale) if self.pattern is not None or self.settings.mean_to_bias else None
+        return super().collecting(scale, parts) if self.pattern is not None or self.settings.mean_to_bias else None
 
     def plan(self, budget: float, cost: ModelCost) -> PruningPlan:
         """Plan the cut; a given structure has a budget of its own."""

@@ -11,13 +11,22 @@ from bsdp.callbacks._processes import mean_over_processes
 from bsdp.record import PruningRecord
 
 _FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
+_SCORED_BATCHES = 32  # batches per epoch, at least, on which examples are scored one by one
 _UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
 
 
-def is_watched(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the features of a batch enter the statistics."""
+def is_watched(trainer: Trainer, batch_idx: int, *, scored: bool = False) -> bool:
+    """Whether the features of a batch enter the statistics.
+
+    Args:
+        trainer: The trainer, in training.
+        batch_idx: The batch.
+        scored: Whether scores come from watching as well: short epochs are then watched as a whole.
+    """
     batches = trainer.num_training_batches
-    stride = _UNKNOWN_STRIDE if batches == math.inf else max(4, int(batches) // _FEATURE_BATCHES)
+    if batches == math.inf:
+        return batch_idx % _UNKNOWN_STRIDE == 0
+    stride = max(1, int(batches) // _SCORED_BATCHES) if scored else max(4, int(batches) // _FEATURE_BATCHES)
     return batch_idx % stride == 0
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import bsdp
 from bsdp._checks import check_whole
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
+from bsdp.callbacks._curvature import add_curvature, check_curvature
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
 from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value
@@ -28,6 +29,7 @@ from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import forget_graphs
 from bsdp.cost import ModelCost
+from bsdp.pruner import BasisStage
 from bsdp.record import PruningRecord
 from bsdp.rounds import RoundPruner, RoundSettings
 from bsdp.structure import structure_of
@@ -47,6 +49,7 @@ class RoundPruning(Callback, ABC):
 
     needs_example = False  # whether the pruner can only be built with an example of the network's input
     new_bias = False  # whether cuts move means into biases, which then count
+    curvature_batches = 8  # training batches on which `importance: second_order` takes the curvature
 
     def __init__(
         self,
@@ -182,6 +185,9 @@ class RoundPruning(Callback, ABC):
         pruner.settings = self.schedule(trainer, rounds=rounds, first_epoch=pruner.first_epoch)
         trainer.should_stop = trainer.should_stop or pruner.stopped
         self.check_optimizers(trainer)
+        stage = self._basis_stage()
+        if stage is not None and stage.scores.needs_curvature:
+            check_curvature(trainer, pl_module)
 
     # --- one epoch ----------------------------------------------------------------------------------------------
 
@@ -202,8 +208,10 @@ class RoundPruning(Callback, ABC):
             self._begin_epoch(trainer, pl_module)
         self._detach()
         self._distil(trainer)
-        if is_watched(trainer, batch_idx):
-            self._watching.enter_context(pruner.collecting(loss_scale(trainer)))
+        stage = self._basis_stage()
+        if is_watched(trainer, batch_idx, scored=stage is not None and stage.scores.needs_hooks):
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._watching.enter_context(pruner.collecting(loss_scale(trainer), parts))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
@@ -393,6 +401,7 @@ class RoundPruning(Callback, ABC):
             pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
             if pruner.scheduled == 0:
                 self._print_whole()
+        self._complete_scores(trainer, pl_module)
         self.prepare_cut(trainer, pl_module)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
@@ -406,6 +415,28 @@ class RoundPruning(Callback, ABC):
 
     def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen as an epoch starts, after the cut if one was due."""
+
+    def _basis_stage(self) -> BasisStage | None:
+        stage = self._pruner().stages.get("basis")
+        return stage if isinstance(stage, BasisStage) else None
+
+    def _complete_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the curvature if scores need it, and say so when they come from very little."""
+        stage = self._basis_stage()
+        if stage is None:
+            return
+        scores = stage.scores
+        if scores.needs_curvature:
+            scores.reset()
+            seed = self._pruner().scheduled
+            add_curvature(trainer, pl_module, scores, batches=self.curvature_batches, seed=seed)
+            if trainer.world_size > 1:
+                scores.reduce(lambda tensor: mean_over_processes(trainer, tensor))
+        if 0 < scores.steps < _FEW_TERMS:
+            rank_zero_info(
+                f"bsdp: epoch {trainer.current_epoch}: the cut ranks by scores of {scores.steps} {scores.unit} only: "
+                "more `epochs_per_round`, smaller batches, or `importance: fisher` (a term for every example) give more"
+            )
 
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen just before a cut."""
@@ -422,4 +453,5 @@ class RoundPruning(Callback, ABC):
         self._watching.close()
 
 
+_FEW_TERMS = 4
 _ADVICE = "Set `example_input_array` in the LightningModule to one example."

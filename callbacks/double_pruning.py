@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bsdp._checks import check_at_least
+from bsdp._checks import check_at_least, check_whole
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
@@ -18,6 +18,7 @@ from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings
+from bsdp.importance import Importance
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating, first_tensor
 
@@ -42,6 +43,8 @@ class DoublePruning(RoundPruning):
         criterion: How channels are scored, see `ChannelPruning` (not the two that train factors of their own).
         channel_ranking: How scores of different groups of channels compare, see `ChannelPruning`.
         importance: How bases are scored, see `IterativeBasisPruning`.
+        score_momentum: Weight of the scores that bases had in earlier rounds, see there; a cut of channels ends it.
+        curvature_batches: Training batches that ``importance: second_order`` reads, see there.
         ranking: How scores of bases of different layers compare, see there.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
@@ -92,7 +95,9 @@ class DoublePruning(RoundPruning):
             "taylor_2016", "taylor_2019", "l1", "l2", "fpgm", "bn_scale", "activation_cumsum", "random"
         ] = "taylor_2019",
         channel_ranking: Literal["global", "per_cost", "local", "isomorphic", "priority"] = "per_cost",
-        importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square",
+        importance: Importance = "mean_square",
+        score_momentum: float = 0.0,
+        curvature_batches: int = 8,
         ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
@@ -120,6 +125,7 @@ class DoublePruning(RoundPruning):
     ) -> None:
         if rounds is not None:
             check_at_least("rounds", rounds, 1)
+        check_whole("curvature_batches", curvature_batches, 1)
         check_at_least("probe_batches", probe_batches, 1)
         settings = DoublePruningSettings(
             target=target,
@@ -145,6 +151,7 @@ class DoublePruning(RoundPruning):
             order=order,
             split=split,
             importance=importance,
+            score_momentum=score_momentum,
             ranking=ranking,
             mean_to_bias=mean_to_bias,
             min_rank=min_rank,
@@ -159,6 +166,7 @@ class DoublePruning(RoundPruning):
             recalibration_batches=recalibration_batches,
         )
         self.new_bias = mean_to_bias
+        self.curvature_batches = curvature_batches
         self.probe_batches = probe_batches
 
     def check_module(self, pl_module: LightningModule) -> None:

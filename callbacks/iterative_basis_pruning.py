@@ -13,6 +13,7 @@ from bsdp.callbacks._latency import table_for_run
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
+from bsdp.importance import Importance
 from bsdp.latency import LatencyTable
 from bsdp.layers import named_pairs
 from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
@@ -55,8 +56,13 @@ class IterativeBasisPruning(RoundPruning):
             or ``constant`` (the same share of the original).
         warmup_epochs: Epochs before the first cut; they give the reference value.
         epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
-        importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``energy``, ``magnitude`` or
-            ``sigma_energy`` (share of a layer's energy that would be gone).
+        importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``fisher`` (squared per example,
+            for few samples), ``second_order`` (with the curvature, from some training batches read before each cut),
+            ``energy``, ``magnitude`` or ``sigma_energy`` (share of a layer's energy that would be gone). See
+            `bsdp.ScoreAccumulator`.
+        score_momentum: Weight, in [0, 1), of the scores that the bases had in earlier rounds; 0: only the newest count.
+        curvature_batches: Training batches that ``importance: second_order`` reads before each cut. The loss is that
+            which ``training_step`` returns for them, in float32 where precision is mixed; nothing is logged.
         ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of
             cost, ``hull`` cuts a layer only where it gets below its break-even rank.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
@@ -110,7 +116,9 @@ class IterativeBasisPruning(RoundPruning):
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
         warmup_epochs: int = 1,
         epochs_per_round: int = 1,
-        importance: Literal["mean_square", "mean_abs", "energy", "magnitude", "sigma_energy"] = "mean_square",
+        importance: Importance = "mean_square",
+        score_momentum: float = 0.0,
+        curvature_batches: int = 8,
         ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
         tolerance: float | None = 0.01,
         monitor: str = "val_accuracy",
@@ -140,6 +148,7 @@ class IterativeBasisPruning(RoundPruning):
             check_at_least("rounds", rounds, 1)
         check_at_least("calibration_batches", calibration_batches, 1)
         self.calibration_batches = calibration_batches
+        check_whole("curvature_batches", curvature_batches, 1)
         settings = PruningSettings(
             target=target,
             target_kind=target_kind,
@@ -148,6 +157,7 @@ class IterativeBasisPruning(RoundPruning):
             warmup_epochs=warmup_epochs,
             epochs_per_round=epochs_per_round,
             importance=importance,
+            score_momentum=score_momentum,
             ranking=ranking,
             tolerance=tolerance,
             mode=mode,
@@ -175,6 +185,7 @@ class IterativeBasisPruning(RoundPruning):
             recalibration_batches=recalibration_batches,
         )
         self.new_bias = mean_to_bias
+        self.curvature_batches = curvature_batches
         check_whole("latency_batch_size", latency_batch_size, 1)
         self.latency_table, self.latency_batch_size = latency_table, latency_batch_size
         self.table: LatencyTable | None = None

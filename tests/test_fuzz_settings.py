@@ -75,7 +75,11 @@ SETTINGS: dict[tuple[str, str], dict[str, Rule]] = {
         "schedule": one_of("geometric", "cubic", "constant"),
         "warmup_epochs": whole(1),  # 0 goes only with other settings
         "epochs_per_round": whole(1),
-        "importance": one_of("mean_square", "mean_abs", "energy", "magnitude"),
+        "importance": one_of(
+            "mean_square", "mean_abs", "fisher", "second_order", "energy", "magnitude", "sigma_energy"
+        ),
+        "score_momentum": number(0, 1, zero=True),
+        "curvature_batches": whole(1),
         "ranking": one_of("importance", "per_cost", "hull"),
         "tolerance": number(0, math.inf, open_end=False, optional=True, zero=True),
         "monitor": anything,

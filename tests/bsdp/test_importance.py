@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
+from bsdp.feature_statistics import FeatureStatistics
 from bsdp.importance import (
     IMPORTANCES,
-    FeatureStatistics,
     ScoreAccumulator,
     column_norms,
     energy,
@@ -238,15 +238,19 @@ def test_reset_forgets_and_takes_the_new_ranks() -> None:
 
 
 # Oracle 12
-@pytest.mark.parametrize("importance", TAYLOR)
+@pytest.mark.parametrize("importance", [*TAYLOR, "fisher", "second_order"])
 def test_a_basis_multiplied_by_zero_downstream_scores_zero_and_goes_first(importance: str) -> None:
     net = scored_net("residual")
     pair = named_pairs(net)["left"]
     pair.scaling.weight.data[:, 5] = 0.0
     scores = ScoreAccumulator(named_pairs(net), importance=importance)
     for _ in range(2):
-        backward(net, make_input("residual"))
+        inputs = make_input("residual")
+        with scores.collecting():
+            backward(net, inputs)
         scores.update()
+        if scores.needs_curvature:
+            scores.update_curvature(lambda x=inputs: net(x).square().mean())  # type: ignore[misc]
     computed = scores.compute()
     assert computed["left"][5] == 0.0
     assert sorted(torch.cat(list(computed.values())).tolist())[1] > 0.0
@@ -330,17 +334,31 @@ def test_score_state_round_trips_and_accumulation_goes_on(importance: str) -> No
     whole, first = ScoreAccumulator(pairs, importance=importance), ScoreAccumulator(pairs, importance=importance)
     statistics = FeatureStatistics(pairs)
     for step in range(4):
-        with statistics.collecting():
-            backward(net, make_input("conv"))
-        whole.update()
         if step == 2:
             resumed = ScoreAccumulator(pairs, importance=importance)
             resumed.load_state_dict(through_a_file(first.state_dict()))  # type: ignore[arg-type]
             first = resumed
-        first.update()
+        inputs = make_input("conv", batch=3)
+        for scores in (whole, first):
+            with statistics.collecting(), scores.collecting():
+                backward(net, inputs)
+            scores.update()
+            if scores.needs_curvature:
+                signs = torch.Generator().manual_seed(step)
+                scores.update_curvature(lambda x=inputs: net(x).square().mean(), generator=signs)  # type: ignore[misc]
     for name, value in whole.compute(statistics).items():
         assert torch.equal(first.compute(statistics)[name], value)
-    assert first.steps == whole.steps == (4 if importance in TAYLOR else 0)
+    counted = {**dict.fromkeys(TAYLOR, 4), "second_order": 4, "fisher": 12}
+    assert first.steps == whole.steps == counted.get(importance, 0)
+
+
+def test_sums_of_another_kind_of_score_are_not_taken_over() -> None:
+    net = scored_net()
+    scores, other = (ScoreAccumulator(named_pairs(net), importance=kind) for kind in ("mean_square", "mean_abs"))
+    backward(net, make_input("conv"))
+    scores.update()
+    other.load_state_dict(scores.state_dict())
+    assert other.steps == 0
 
 
 def test_a_state_taken_earlier_does_not_change_later() -> None:

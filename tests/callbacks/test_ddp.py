@@ -64,7 +64,7 @@ def test_same_ranks_records_and_weights_in_both_processes(results: Results, name
     assert_equal_everywhere(results[name])
 
 
-@pytest.mark.parametrize("name", ["plain", "unused", "energy", "norm", "nan"])
+@pytest.mark.parametrize("name", ["plain", "unused", "energy", "norm", "nan", "curvature", "examples"])
 def test_the_model_shrinks_and_learns_on_with_its_momentum(results: Results, name: str) -> None:
     for result in results[name]:
         sizes = [entry["bases"] for entry in result["rounds"]]
@@ -81,6 +81,21 @@ def test_scores_are_the_mean_of_both_processes(results: Results) -> None:
         assert not torch.equal(a, b)  # DDP had averaged the gradients; the test trebles the scores of one process
         torch.testing.assert_close(ours["after"]["scores"], (a + b) / 2)
         assert torch.equal(ours["after"]["scores"], theirs["after"]["scores"])
+
+
+@pytest.mark.parametrize("name", ["curvature", "examples"])
+def test_scores_of_other_images_in_each_process_are_averaged(results: Results, name: str) -> None:
+    first, second = results[name]
+    unequal = 0
+    for ours, theirs in zip(first["reductions"], second["reductions"], strict=True):
+        assert torch.equal(ours["after"]["scores"], theirs["after"]["scores"])
+        a, b = ours["before"]["scores"], theirs["before"]["scores"]
+        if a is not None and b is not None:
+            unequal += not torch.equal(a, b)
+            torch.testing.assert_close(ours["after"]["scores"], (a + b) / 2)
+    assert unequal >= (1 if name == "examples" else 0)
+    steps = {"curvature": [2, 2], "examples": [48, 48]}  # batches or images of one process
+    assert first["steps"] == second["steps"] == steps[name]
 
 
 def test_feature_statistics_are_the_mean_of_both_processes(results: Results) -> None:

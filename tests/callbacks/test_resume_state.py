@@ -136,12 +136,18 @@ def test_everything_is_restored_before_the_first_step(tmp_path: Path, moment: An
     assert all(parameter == value for parameter, value in look.shapes)
 
 
+CURVATURE = {"importance": "second_order", "score_momentum": 0.5, "curvature_batches": 2}
+EXAMPLES = {"importance": "fisher", "score_momentum": 0.5}
+
+
 @pytest.mark.parametrize(
     ("moment", "prune"),
     [
         (("on_train_epoch_end", 1), {}),
         (("on_train_epoch_end", 3), {}),
         (("on_train_epoch_end", 3), {"distillation": 0.5}),
+        (("on_train_epoch_end", 3), CURVATURE),
+        (("on_train_epoch_end", 3), EXAMPLES),
     ],
 )
 def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: Any, prune: dict[str, Any]) -> None:

@@ -235,6 +235,13 @@ SCENARIOS: dict[str, Any] = {
         Module(steered=[[0.9, 0.95, 0.9, 0.9], [0.9, 0.5, 0.9, 0.9]]),
         pruning={"tolerance": 0.1, "rounds": 3},
     ),
+    "curvature": lambda folder: fit(
+        folder,
+        Module(),
+        pruning={"importance": "second_order", "score_momentum": 0.5, "curvature_batches": 2},
+        decomposition={"batch_norm": "stats"},
+    ),
+    "examples": lambda folder: fit(folder, Module(), pruning={"importance": "fisher"}),
     "channel": lambda folder: channels(folder, double=False, pruning={"criterion": "activation_cumsum", "theta": 0.4}),
     "factors": lambda folder: channels(folder, double=False, pruning={"criterion": "transtailor"}),
     "double": lambda folder: channels(folder, double=True),
