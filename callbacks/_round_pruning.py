@@ -226,7 +226,9 @@ class RoundPruning(Callback, ABC):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         distillation = None if self.pruner is None else self.pruner.distillation
-        if distillation is not None and distillation.seen == 0 and outputs is not None:
+        # Automatic optimization gives nothing for a batch that the module skips.
+        trained = bool(outputs) or not pl_module.automatic_optimization
+        if distillation is not None and distillation.seen == 0 and trained:
             raise ValueError(
                 f"`distillation` needs the class scores of every batch, but `training_step` did not call "
                 f"{distillation.shown}: call it there (`self(...)`, not `self.forward(...)`), name the module that "

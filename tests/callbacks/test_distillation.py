@@ -19,7 +19,6 @@ from torch.nn import functional as F
 import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
 from bsdp.distillation import SelfDistillation
-from bsdp.resume import LastCheckpoint
 from tests.helpers.channel_runs import ResidualClassifier
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
@@ -277,17 +276,12 @@ def test_a_named_module_is_taken(tmp_path: Path) -> None:
         torch.testing.assert_close(own, value)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
 def test_epochs_that_are_added_to_a_finished_run_learn_from_the_same_teacher(tmp_path: Path) -> None:
-    first = fit(Classifier(), tmp_path, LastCheckpoint(), enable_checkpointing=True)
-    (last,) = tmp_path.rglob("last.ckpt")
-    saved = torch.load(last, weights_only=True)["callbacks"]["IterativeBasisPruning"]
-    assert saved["record"]["reference_state"] is not None and first.record.chosen == 2
-    module = Classifier()
+    first = fit(Classifier(), tmp_path)
+    saved = torch.load(first.checkpoint_path, weights_only=True)["callbacks"]["IterativeBasisPruning"]
+    assert saved["record"]["reference_state"] is not None and saved["record"]["chosen"] == 2
     pruning = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, **DISTILLING)
-    trainer = make_trainer(
-        tmp_path, [pruning, BasisDecomposition(), LastCheckpoint()], max_epochs=4, enable_checkpointing=True
-    )
-    trainer.fit(module, datamodule=Stripes(batch_size=16), ckpt_path=last, weights_only=True)
+    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=4)
+    trainer.fit(Classifier(), datamodule=Stripes(batch_size=16), ckpt_path=first.checkpoint_path, weights_only=True)
     assert pruning.pruner is not None and pruning.pruner.distillation is not None
     assert pruning.pruner.distillation.seen == 6

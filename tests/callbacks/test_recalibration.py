@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, _recalibration
-from tests.helpers.channel_runs import ResidualClassifier
+from tests.callbacks.test_resume_state import SaveAt
+from tests.helpers.channel_runs import ResidualClassifier, Shuffled
 from tests.helpers.pruning_runs import Stripes, make_trainer
+from tests.helpers.resuming import Stopped, differences
 
 
 def trainer_with(*tensors: Tensor, shuffle: bool = False, **options: Any) -> Any:
@@ -104,6 +106,24 @@ def test_a_cut_is_followed_by_it(kind: Any, tmp_path: Path) -> None:
     bsdp.recalibrate_batch_norms(expected, data.examples.tensors[0][:32].split(16))
     for own, by_hand in zip(statistics(after.module), statistics(expected), strict=True):
         torch.testing.assert_close(own, by_hand)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_recalibrates_on_the_same_batches(tmp_path: Path) -> None:
+    def run(folder: Path, *others: Callback, ckpt: Path | None = None) -> dict[str, Any]:
+        torch.manual_seed(0 if ckpt is None else 1)
+        module = ResidualClassifier()
+        pruning = IterativeBasisPruning(target=0.4, rounds=1, tolerance=None, recalibration_batches=2)
+        trainer = make_trainer(folder, [pruning, BasisDecomposition(), *others], max_epochs=2)
+        trainer.fit(module, datamodule=Shuffled(), ckpt_path=ckpt, weights_only=None if ckpt is None else True)
+        return dict(module.state_dict())
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path, SaveAt("on_train_epoch_end", 0))
+    resumed = run(tmp_path, ckpt=tmp_path / "kept.ckpt")
+    assert not torch.equal(whole["network.bn0.running_mean"], torch.zeros(12))
+    assert differences(whole, resumed) == []
 
 
 @pytest.mark.parametrize("value", [-1, 1.5])
