@@ -1,95 +1,123 @@
-"""What the callbacks cost: an epoch with a pruning callback against the same epoch without it.
+"""How fast the project is: training, decomposing, and the folded networks. Ratios are of things timed in turn.
 
-    python benchmarks/speed.py [--method basis] [--backbone bsdp:resnet20] [--image-size 32] [--repeats 5]
+    python benchmarks/speed.py callbacks              an epoch with the callbacks against one without them
+    python benchmarks/speed.py callbacks --method taylor_2019 --networks bsdp:resnet20,32,16 --batches 64
+    python benchmarks/speed.py scales                 training scales against all weights: time and peak memory, by rank
+    python benchmarks/speed.py decompose              seconds and peak memory of `bsdp.decompose` for large networks
+    python benchmarks/speed.py growth                 how that grows with the width of a layer and the number of images
+    python benchmarks/speed.py folded                 speed-up over MAC reduction, by selection, in eager mode
+    python benchmarks/speed.py folded --engines compile,onnxruntime
+    python benchmarks/speed.py profile                where the time of the original and the pruned network goes
 
-Both trainers train the same network on random images, in turn, so that both see the same machine: decomposed and frozen
-for `basis`, `channel` and `double`, plain with all weights for the criteria of `ChannelPruning`.
-Times are processor times of this process, which other load on the machine disturbs less than wall times. No cut is
-made.
+Every part prints a Markdown table and writes its rows to benchmarks/results/speed_PART.json (`--output` for another
+file), rows of other networks, batch sizes, engines or methods in it stay. Times are processor times of one thread
+(`--threads`), which other load on the machine disturbs less than times on the wall; medians of calls in turn. Data and
+weights are random. On two idle cores a part takes one to three minutes (compiling takes longer).
 """
 
+from __future__ import annotations
+
 import argparse
-import statistics
-import time
+import json
+import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import torch
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, TensorDataset
+# As a script: modules are looked up from the root, and benchmarks/coverage.py must not hide the package `coverage`.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve() != ROOT / "benchmarks")]
 
-from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
-from bsdp.task import TransferTask
+import torch  # noqa: E402
 
-FRAME = {"basis": IterativeBasisPruning, "channel": ChannelPruning, "double": DoublePruning}
-CRITERIA = ("taylor_2019", "taylor_2016", "activation_cumsum", "l1")
+from benchmarks import _speed_decompose, _speed_folded, _speed_training  # noqa: E402
+from benchmarks._speed_common import Row, facts, markdown  # noqa: E402
 
-
-class Clock(Callback):
-    """Processor seconds of every epoch but the first, which warms up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self._start = time.process_time()
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=[*FRAME, *CRITERIA], default="basis")
-    parser.add_argument("--backbone", default="bsdp:resnet20")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    images = torch.randn(options.images, 3, options.image_size, options.image_size)
-    data = TensorDataset(images, torch.randint(10, (options.images,)))
-    task = TransferTask(options.backbone, 10, weights="none")
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(options.repeats):
-        for name, times in seconds.items():
-            clock = Clock()
-            # Two epochs of warm-up and rounds that never come: scores and statistics are gathered, nothing is cut.
-            pruning = [_pruning(options.method)] if name == "with" else []
-            frame = [BasisDecomposition()] if options.method in FRAME else []
-            trainer = Trainer(
-                max_epochs=3,
-                callbacks=[clock, StopAfter(2), *frame, *pruning],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(task, DataLoader(data, options.batch_size))
-            times.append(clock.seconds[1])
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    for name, times in seconds.items():
-        print(f"{name:>8}: median {statistics.median(times):.2f} s, {min(times):.2f} to {max(times):.2f}")
-    print(f"{options.method}: ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+RESULTS = ROOT / "benchmarks" / "results"
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "callbacks": _speed_training.callbacks,
+    "scales": _speed_training.scales,
+    "decompose": _speed_decompose.decompose,
+    "growth": _speed_decompose.growth,
+    "folded": _speed_folded.folded,
+    "profile": _speed_folded.profile,
+}
+_IDENTITY = ("network", "image_size", "batch_size", "engine", "method", "metric", "what", "threads")
+_REPEATS = {"callbacks": 3, "scales": 7, "folded": 20}
 
 
-def _pruning(method: str) -> Callback:
-    settings: dict[str, Any] = {"target": 0.1, "warmup_epochs": 2, "rounds": 1, "tolerance": None, "save_pruned": False}
-    if method == "double":
-        settings["split"] = 0.5  # the loop has no validation
-    return FRAME[method](**settings) if method in FRAME else ChannelPruning(criterion=method, **settings)
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    options = parser().parse_args(words)
+    torch.set_num_threads(options.threads)
+    if options.repeats is None:
+        options.repeats = _REPEATS.get(options.part, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = PARTS[options.part](options)
+    for row in rows:
+        row.update({key: value for key, value in facts().items() if key not in row})
+    path = Path(options.output or RESULTS / f"speed_{options.part}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = merged(json.loads(path.read_text(encoding="utf-8")) if path.exists() else [], rows)
+    path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in kept) + "\n]\n", encoding="utf-8")
+    hidden = {"part", *facts()}
+    print(markdown([{key: value for key, value in row.items() if key not in hidden} for row in rows]))
+    print(f"{path}: {len(kept)} rows")
 
 
-class StopAfter(Callback):
-    """Ends the fit after some epochs, before the cut."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("part", choices=list(PARTS))
+    methods = [*_speed_training.FRAME, *_speed_training.CRITERIA]
+    result.add_argument("--method", choices=methods, default="basis", help="callbacks: the pruning callback")
+    result.add_argument(
+        "--networks",
+        nargs="+",
+        type=network,
+        default=[],
+        metavar="NAME[,SIZE[,BATCH]]",
+        help="backbones instead of the usual ones, with the size of the images and, for training, of the batch",
+    )
+    result.add_argument("--batches", type=int, default=16, help="callbacks: batches in an epoch")
+    result.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="folded, profile: images in a pass")
+    result.add_argument("--engines", type=_words(_speed_folded.ENGINES), default=["eager", "channels_last"])
+    selections = ("macs", "multiples", "latency")
+    result.add_argument("--selections", type=_words(selections), default=list(selections), help="folded")
+    result.add_argument("--images", type=int, default=4, help="decompose: images for the statistics")
+    result.add_argument("--repeats", type=int, help="timed rounds")
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--output", help="file of the rows")
+    return result
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
 
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+def network(text: str) -> tuple[str, int, int]:
+    """``bsdp:resnet20,32,64`` as name, image size and batch size; 64 and 32 where they are left out."""
+    name, *sizes = text.split(",")
+    size, batch = [*map(int, sizes), *(64, 32)[len(sizes) :]]
+    return name, size, batch
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The old rows but those that were measured again, and the new ones."""
+    again = {_identity(row) for row in new}
+    return [row for row in old if _identity(row) not in again] + list(new)
+
+
+def _identity(row: Row) -> tuple[object, ...]:
+    return tuple(row.get(key) for key in _IDENTITY)
+
+
+def _words(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def words(text: str) -> list[str]:
+        chosen = text.split(",")
+        odd = [word for word in chosen if word not in allowed]
+        if odd:
+            raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(allowed)}")
+        return chosen
+
+    return words
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The words export, describe and benchmark of the command line, from the words to the file."""
+"""The words export, describe, benchmark and latency of the command line, from the words to the file."""
 
 import json
 import shutil
@@ -230,6 +230,21 @@ def test_a_gpu_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no GPU" in refused(capsys, "benchmark", "--ckpt", run, "--device", "cuda")
+
+
+def test_latency(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    options = ("--repeats", "1", "--threads", "1", "--image-size", "8")
+    text = done(capsys, "latency", run, file, *options, "--batch-size", "2", "--channels-last")
+    table = bsdp.LatencyTable.load(file)
+    table.check(bsdp.measure_cost(load_artifact(run).decomposed).layers)
+    assert (table.batch_size, table.threads, table.input_shapes) == (2, 1, ((1, 3, 8, 8),))
+    assert f"{file}: " in text and "for 2 image(s)" in text and f"of the {len(table.layers)} decomposed layers" in text
+    assert "exists: choose another name" in refused(capsys, "latency", run, file, *options)
+    # A backbone that is not decomposed yet has the same layers.
+    done(capsys, "latency", "bsdp:resnet20", file, *options, "--force")
+    assert bsdp.LatencyTable.load(file).layers.keys() == table.layers.keys()
+    assert "`multiple` must be at least 1" in refused(capsys, "latency", run, tmp_path / "n", "--multiple", "0")
 
 
 @pytest.mark.parametrize("word", ["export", "describe", "benchmark"])

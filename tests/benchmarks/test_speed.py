@@ -1,0 +1,103 @@
+"""`benchmarks/speed.py`: its parts on the smallest inputs; what they say of speed is not tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import speed
+from benchmarks._speed_common import Row, markdown, milliseconds
+from benchmarks._speed_training import _peak_memory
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_of(folder: Path, *words: str) -> list[Row]:
+    file = folder / "rows.json"
+    speed.main([*words, "--repeats", "1", "--output", str(file)])
+    rows: list[Row] = json.loads(file.read_text())
+    return rows
+
+
+def test_scales_are_compared_at_every_share(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "scales", "--networks", "bsdp:resnet20,8,2")
+    assert [row["trains"] for row in rows] == [
+        "all weights",
+        *(f"scales at {share} of the rank" for share in ("1", "0.75", "0.5", "0.25")),
+    ]
+    assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1.0
+    weights = [row["weights_mb"] for row in rows[1:]]
+    assert weights == sorted(weights, reverse=True) and all(row["peak_mb"] > 0 for row in rows)
+
+
+def test_callbacks_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (row,) = rows_of(tmp_path, "callbacks", "--networks", "bsdp:resnet20,8,2", "--batches", "1")
+    assert row["ratio"] == row["seconds_with"] / row["seconds_without"] and row["method"] == "basis"
+
+
+def test_folded_networks_keep_more_in_the_same_time(tmp_path: Path) -> None:
+    words = ("folded", "--networks", "bsdp:resnet20,8", "--batch-sizes", "2", "--engines", "eager")
+    rows = {row["selection"]: row for row in rows_of(tmp_path, *words, "--selections", "multiples,latency")}
+    assert list(rows) == ["multiples", "latency"]
+    for row in rows.values():
+        assert row["speed_up_per_mac"] == pytest.approx(row["speed_up"] / row["mac_reduction"])
+        assert 0 < row["energy_kept"] < 1 or row["selection"] == "latency"
+    assert rows["multiples"]["mac_reduction"] >= 2
+
+
+def test_the_profile_covers_the_whole_pass(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "profile", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1")
+    assert sum(row["share_of_original_time"] for row in rows) == pytest.approx(1.0)
+    assert sum(row.get("layers", 0) for row in rows) == 21
+
+
+def test_decomposing_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import _speed_decompose
+
+    row = _speed_decompose.measure("bsdp:resnet20", "activation", 1)
+    assert row["layers"] == 21 and row["seconds"] > 0 and row["seconds_statistics"] > 0
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> object:
+        calls.append(command[3:])
+        return type("Done", (), {"returncode": 0, "stdout": f"noise\n{json.dumps(row)}\n"})
+
+    monkeypatch.setattr(_speed_decompose.subprocess, "run", run)
+    rows_of(tmp_path, "decompose", "--networks", "bsdp:resnet20")
+    assert calls == [["bsdp:resnet20", metric, "4", "1"] for metric in ("euclidean", "activation")]
+
+
+def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
+    old = [{"network": "a", "batch_size": 1, "ms": 1.0}, {"network": "a", "batch_size": 32, "ms": 2.0}]
+    assert speed.merged(old, [{"network": "a", "batch_size": 1, "ms": 3.0}]) == [old[1], {**old[0], "ms": 3.0}]
+
+
+def test_words() -> None:
+    assert speed.network("bsdp:resnet20") == ("bsdp:resnet20", 64, 32)
+    assert speed.network("bsdp:resnet20,32") == ("bsdp:resnet20", 32, 32)
+    assert speed.network("bsdp:resnet20,32,8") == ("bsdp:resnet20", 32, 8)
+    with pytest.raises(SystemExit):
+        speed.parser().parse_args(["folded", "--engines", "steam"])
+
+
+def test_tables_and_peaks() -> None:
+    assert markdown([{"a": 1.23456, "b": None}, {"a": "x"}]) == "| a | b |\n| --- | --- |\n| 1.23 | - |\n| x | - |"
+    assert markdown([]) == "nothing was measured"
+    kept: list[torch.Tensor] = []
+
+    def two_at_a_time() -> None:
+        kept.append(torch.empty(1000, dtype=torch.float32))
+        for _ in range(3):
+            torch.empty(2000, dtype=torch.float32)
+
+    assert 12_000 <= _peak_memory(two_at_a_time) <= 13_000
+    assert set(milliseconds({"a": two_at_a_time}, repeats=1)) == {"a"}
