@@ -84,6 +84,7 @@ class DoublePruningSettings(ChannelPruningSettings):
 
     kinds: ClassVar[tuple[str, ...]] = ("params", "macs")
     unscored: ClassVar[str] = "scores that need no training ('magnitude' and 'l1', 'l2', 'fpgm' or 'random')"
+    rank_multiple: ClassVar[int] = 1  # what `BasisStage` asks for
 
     order: Literal["basis_then_channel", "channel_then_basis", "alternate"] = "basis_then_channel"
     split: float | Literal["auto"] = "auto"

@@ -239,7 +239,7 @@ def test_activation_metric_needs_statistics_of_every_layer_it_decomposes() -> No
     with pytest.raises(ValueError, match="`statistics` lacks layer 'conv2'"):
         bsdp.decompose(net, metric="activation", statistics=moments)
     assert not named_pairs(net)
-    with pytest.raises(ValueError, match="`statistics` lacks layer 'conv1'"):
+    with pytest.raises(ValueError, match="`metric=.activation.` needs `statistics`: see `bsdp"):
         bsdp.decompose(net, metric="activation")
     bsdp.decompose(net, metric="activation", statistics=moments, include=["conv1"])
     assert list(named_pairs(net)) == ["conv1"]

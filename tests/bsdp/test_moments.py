@@ -62,7 +62,9 @@ def test_processes_together_have_the_moments_of_one() -> None:
     means = [torch.stack(values).mean(0) for values in zip(*calls, strict=True)]
     values = iter(means)
     shares[2].reduce(lambda _value: next(values))
-    for name, moment in shares[2].compute().items():
+    found = shares[2].compute()
+    assert found.keys() == layers.keys()
+    for name, moment in found.items():
         assert relative_error(moment.second, whole[name].second) < 1e-6
         assert relative_error(moment.mean, whole[name].mean) < 1e-6
         assert moment.count == round(whole[name].count / 3)
