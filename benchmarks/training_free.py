@@ -4,7 +4,7 @@
     python benchmarks/training_free.py --show benchmarks/results/training_free_cifar10.json
 
 The networks are CIFAR-10's own, so nothing is transferred. A seed draws 256 training images without augmentation, and
-64 more that `bsdp.compress` holds out; no method sees a label but `ours_taylor`. The test images are read once per row,
+128 more that `bsdp.compress` holds out; only `ours_taylor` sees labels. The test images are read once per row,
 after everything is decided. Rows are added to --output as they are made, and those in it are not repeated. Minutes are
 processor time of one thread, the test not counted. CIFAR-10 and the weight files are found through BSDP_DATA.
 
@@ -12,6 +12,7 @@ processor time of one thread, the test not counted. CIFAR-10 and the weight file
     energy             bases of the activations, those with the least output energy go
     cap                channels, with compensation in closed form (Xie et al. 2021, `bsdp.compensated_prune`)
     ours               `bsdp.compress` with its defaults
+    ours_fit           layers fitted to the original's outputs in any case, not if held-out images say so
     ours_no_NAME       without one ingredient: the metric, the fit to the original's outputs, the scores
     only_NAME          plain SVD and its energy with one of them
     ours_taylor        scores from labels
@@ -44,7 +45,7 @@ from bsdp.datamodules import CIFAR10DataModule  # noqa: E402
 from bsdp.probing import evaluating  # noqa: E402
 from bsdp.stats import count_macs  # noqa: E402
 
-IMAGES, HELD_OUT = 256, 64
+IMAGES, HELD_OUT = 256, 128
 TASKS = {
     "resnet20": ("bsdp:resnet20", "default"),
     "resnet56": ("bsdp:resnet56_pad", "cifar10_resnet56.pth"),
@@ -115,6 +116,7 @@ METHODS: dict[str, Callable[[Case], Small]] = {
     "svd_hull": lambda case: by_sigma(case, "hull"),
     "cap": by_cap,
     "ours": by_compress,
+    "ours_fit": lambda case: by_compress(case, compensate=True),
     "energy": lambda case: by_compress(case, **{**_PLAIN, "metric": "activation"}),
     "ours_no_metric": lambda case: by_compress(case, metric="euclidean"),
     "ours_no_fit": lambda case: by_compress(case, compensate=False),
@@ -140,7 +142,10 @@ def main(words: list[str] | None = None) -> int:
     if given.show is not None:
         print(markdown(read_rows(given.show)))
         return 0
-    names: dict[str, tuple[list[str], dict[str, Any]]] = {"--tasks": (given.tasks.split(","), TASKS), "--methods": (given.methods.split(","), METHODS)}
+    names: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "--tasks": (given.tasks.split(","), TASKS),
+        "--methods": (given.methods.split(","), METHODS),
+    }
     for option, (asked, known) in names.items():
         if unknown := [name for name in asked if name not in known]:
             parser.error(f"{option}: unknown {unknown[0]!r}; give some of {', '.join(known)}.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_EVERY = 5  # of so many examples one is held out
+_EVERY = 3  # of so many examples one is held out
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CalibrationData:
 
     Attributes:
         seen: Examples for all statistics.
-        held_out: Every fifth example; the same as `seen` where there are fewer than ten.
+        held_out: Every third example; the same as `seen` where there are fewer than six.
     """
 
     seen: Examples
@@ -62,7 +62,7 @@ def collect_examples(data: Any, *, images: int) -> CalibrationData:
         data: A tensor of inputs, or an iterable of batches (a DataLoader, a list, a generator): tensors, pairs
             ``(inputs, labels)`` with one whole number per example, or tuples of arguments of the network. Shuffled, or
             the first images are of few classes.
-        images: Examples to decide by; a quarter more is held out.
+        images: Examples to decide by; half as many more are held out.
 
     Raises:
         ValueError: If there are fewer than two examples, or they hold NaN or infinity.

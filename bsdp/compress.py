@@ -4,8 +4,10 @@
 2. Bases are scored (`ALLOCATIONS`), ranked over all layers, and cut to the budget (`bsdp.select`).
 3. Layers are shortened in the order in which they are called, in a few passes over the data: each gets the bases and
    1x1 weights that reproduce the original's output best from the inputs that the layers shortened before give it
-   (`bsdp.least_squares`).
-4. Running statistics of batch norms are recomputed where held-out examples say that it helps.
+   (`bsdp.least_squares`). Beside it, layers are just truncated.
+4. Running statistics of batch norms are recomputed. Of the networks with and without steps 3 and 4, the one whose
+   outputs on held-out examples are closest to the original's is returned: in very deep residual networks fitted
+   branches can shrink more than their shortcuts, and recomputed statistics of few images can be noise.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class CompressionResult:
         output_change: How far the outputs on held-out examples are from the original's, see `bsdp.output_change`.
         agreement: Share of the held-out examples with the same highest score as before; None where outputs are no class
             scores.
+        compensated: Whether the layers were fitted to the outputs of the original.
         recalibrated: Whether the statistics of the batch norms were recomputed.
         examples: Examples that decided.
         held_out: Examples that were held out; 0 where there were too few, and the same ones measure.
@@ -62,6 +65,7 @@ class CompressionResult:
     skipped: dict[str, str] = field(repr=False)
     output_change: float
     agreement: float | None
+    compensated: bool
     recalibrated: bool
     examples: int
     held_out: int
@@ -82,9 +86,10 @@ class CompressionResult:
             f"{self.held_out} held-out examples" if self.held_out else "the examples themselves, too few to hold out"
         )
         same = "" if self.agreement is None else f", the same class for {self.agreement:.1%}"
+        fit = "fitted" if self.compensated else "truncated"
         norms = "recomputed" if self.recalibrated else "as they were"
         lines = [str(self.stats), f"output change {self.output_change:.4g} on {where}{same}"]
-        return "\n".join([*lines, f"batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s"])
+        return "\n".join([*lines, f"layers {fit}, batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s"])
 
 
 def compress(
@@ -96,7 +101,7 @@ def compress(
     metric: str = "activation",
     allocation: str = "kl",
     ranking: str = "hull",
-    compensate: bool = True,
+    compensate: bool | str = "auto",
     recalibrate: bool | str = "auto",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
@@ -120,12 +125,12 @@ def compress(
             ``"taylor"``, the change of the loss, which needs labels; ``"energy"``, the share of the layer's own output
             variance.
         ranking: How scores of different layers compare, see `select`.
-        compensate: Fit every shortened layer to the outputs of the original network.
-        recalibrate: Recompute the running statistics of batch norms: True, False, or ``"auto"``: if the outputs on
-            held-out examples then are closer to the original's.
+        compensate: Fit every shortened layer to the outputs of the original network: True, False, or ``"auto"``: if
+            the network's outputs on held-out examples then are closer to the original's.
+        recalibrate: Recompute the running statistics of batch norms: True, False, or ``"auto"``, likewise.
         include: Layers to decompose, see `decompose`.
         exclude: Layers to leave alone, see `decompose`.
-        images: Examples to decide by; a quarter more is held out. They are kept in memory.
+        images: Examples to decide by; half as many more are held out. They are kept in memory.
         passes: Passes over the examples in which layers are shortened, those that are called first in the first one:
             more passes know more of the errors made before, and take longer.
         batch_size: Examples in a forward pass.
@@ -146,7 +151,10 @@ def compress(
         True
     """
     start = time.perf_counter()
-    _check(target_kind, metric, allocation, ranking, recalibrate, images, passes, batch_size)
+    _check(target_kind, metric, allocation, ranking, images, passes, batch_size)
+    for name, value in (("compensate", compensate), ("recalibrate", recalibrate)):
+        if value not in (True, False, "auto"):
+            raise ValueError(f"`{name}` must be True, False or 'auto', got {value!r}.")
     settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
     say = progress or (lambda _line: None)
     found = collect_examples(data, images=images)
@@ -170,21 +178,25 @@ def compress(
     budget = (1.0 - target) * cost.original(target_kind)
     limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
     plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
+    networks = {}
+    if compensate is not True:
+        networks[False] = work if compensate is False else copy.deepcopy(work)
+        truncate(networks[False], plan, batches)
     if compensate:
+        networks[True] = work
         shorten(model, work, plan, survey, batches, metric=metric, passes=passes, say=say)
-    else:
-        truncate(work, plan, batches)
     say("comparing the outputs")
-    work, recalibrated, change, agreement = _finish(model, work, found, batch_size, device, recalibrate)
+    best = _best(model, networks, found, batch_size, device, recalibrate)
     held_out = 0 if found.held_out is found.seen else len(found.held_out)
     return CompressionResult(
-        model=work,
-        stats=describe(work, example),
+        model=best.network,
+        stats=describe(best.network, example),
         cost=cost,
         skipped=skipped,
-        output_change=change,
-        agreement=agreement,
-        recalibrated=recalibrated,
+        output_change=best.change,
+        agreement=best.agreement,
+        compensated=best.compensated,
+        recalibrated=best.recalibrated,
         examples=len(found.seen),
         held_out=held_out,
         seconds=time.perf_counter() - start,
@@ -196,7 +208,6 @@ def _check(
     metric: str,
     allocation: str,
     ranking: str,
-    recalibrate: bool | str,
     images: int,
     passes: int,
     batch_size: int,
@@ -205,8 +216,6 @@ def _check(
     check_choice("metric", metric, ("euclidean", "activation"))
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("ranking", ranking, RANKINGS)
-    if recalibrate not in (True, False, "auto"):
-        raise ValueError(f"`recalibrate` must be True, False or 'auto', got {recalibrate!r}.")
     for name, value in (("images", images), ("passes", passes), ("batch_size", batch_size)):
         check_whole(name, value, 2 if name == "images" else 1)
 
@@ -221,29 +230,40 @@ def _cost(work: nn.Module, example: Any, settings: PruningSettings, skipped: dic
     return cost
 
 
-def _finish(
+@dataclass(frozen=True)
+class _Candidate:
+    """A compressed network, how it came to be, and how it compares with the original."""
+
+    network: nn.Module
+    compensated: bool
+    recalibrated: bool
+    change: float
+    agreement: float | None
+
+
+def _best(
     model: nn.Module,
-    work: nn.Module,
+    networks: dict[bool, nn.Module],
     found: CalibrationData,
     batch_size: int,
     device: torch.device,
     recalibrate: bool | str,
-) -> tuple[nn.Module, bool, float, float | None]:
-    """Recalibrate if that is asked for and helps; compare the outputs with the original's."""
+) -> _Candidate:
+    """The network closest to the original on held-out examples; recalibrated ones too, if that is asked for."""
     wanted = _outputs(model, found.held_out, batch_size, device)
-    candidates = [] if recalibrate is True else [(work, False)]
-    if recalibrate:
-        other = copy.deepcopy(work)
-        # Batches of many examples: a batch's own statistics are noise otherwise.
-        inputs = [inputs for inputs, _ in found.seen.batches(4 * batch_size, device)]
-        norms = recalibrate_batch_norms(other, inputs)
-        candidates += [(other, True)] if norms or recalibrate is True else []
-    results = []
-    for network, done in candidates:
-        outputs = _outputs(network, found.held_out, batch_size, device)
-        results.append((output_change(wanted, outputs), network, done, _agreement(wanted, outputs)))
-    change, network, done, agreement = min(results, key=lambda result: result[0])
-    return network, done, change, agreement
+    candidates = []
+    for compensated, network in networks.items():
+        variants = [] if recalibrate is True else [(network, False)]
+        if recalibrate:
+            other = copy.deepcopy(network)
+            # Batches of many examples: a batch's own statistics are noise otherwise.
+            norms = recalibrate_batch_norms(other, (i for i, _ in found.seen.batches(4 * batch_size, device)))
+            variants += [(other, True)] if norms or recalibrate is True else []
+        for variant, recalibrated in variants:
+            outputs = _outputs(variant, found.held_out, batch_size, device)
+            change, agreement = output_change(wanted, outputs), _agreement(wanted, outputs)
+            candidates.append(_Candidate(variant, compensated, recalibrated, change, agreement))
+    return min(candidates, key=lambda candidate: candidate.change)
 
 
 def _outputs(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> Tensor:

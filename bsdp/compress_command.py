@@ -28,7 +28,7 @@ from bsdp.report import Measurements, summarize, write_summary
 from bsdp.report_table import format_summary
 
 _BATCH = 64
-_RECALIBRATE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+_WHEN: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
 
 
 def compress(
@@ -41,7 +41,7 @@ def compress(
     target_kind: Literal["params", "macs"] = "params",
     allocation: Literal["kl", "taylor", "energy"] = "kl",
     metric: Literal["euclidean", "activation"] = "activation",
-    compensate: bool = True,
+    compensate: Literal["auto", "always", "never"] = "auto",
     recalibrate: Literal["auto", "always", "never"] = "auto",
     images: int = 256,
     passes: int = 6,
@@ -69,8 +69,9 @@ def compress(
         allocation: What decides how much each layer loses: the change of the network's predictions (``kl``), of the
             loss (``taylor``, by labels), or of each layer's own outputs (``energy``).
         metric: How bases are chosen.
-        compensate: Fit every shortened layer to the outputs of the original network.
-        recalibrate: Whether to recompute the statistics of batch norms; ``auto``: if held-out images say so.
+        compensate: Whether to fit shortened layers to the outputs of the original network; ``auto``: if outputs on
+            held-out images then are closer to the original's.
+        recalibrate: Whether to recompute the statistics of batch norms; ``auto``: likewise.
         images: Training images to decide by.
         passes: Passes over the images in which layers are shortened.
         image_size: Height and width of the images. Default: those of the run, or of the data's configuration.
@@ -97,13 +98,13 @@ def compress(
         )
     result = _compress(
         source.network,
-        _sample(module.plain_train_dataloader(), images + images // 4, seed=seed),
+        _sample(module.plain_train_dataloader(), images + images // 2, seed=seed),
         target=target,
         target_kind=target_kind,
         allocation=allocation,
         metric=metric,
-        compensate=compensate,
-        recalibrate=_RECALIBRATE[recalibrate],
+        compensate=_WHEN[compensate],
+        recalibrate=_WHEN[recalibrate],
         images=images,
         passes=passes,
         seed=seed,
@@ -232,5 +233,5 @@ def _summary(
     tested = measured.get("test", (None, None))
     metric = "test_accuracy" if "test" in measured else None
     facts = Measurements(test_metric=metric, accuracy_reference=tested[0], accuracy_pruned=tested[1], seed=seed)
-    own = ("output_change", "agreement", "recalibrated", "examples", "held_out", "seconds")
+    own = ("output_change", "agreement", "compensated", "recalibrated", "examples", "held_out", "seconds")
     return {**summarize(record, facts), "compression": {key: getattr(result, key) for key in own}}

@@ -132,6 +132,8 @@ def shorten(
 def _fit(name: str, pair: BasisPair, moments: JointMoments, plan: PruningPlan, metric: str) -> None:
     left, right = (t.detach().double() for t in (column_matrix(pair), matrix_of(pair.basis)))
     bias = pair.scaling.bias.detach().double()
+    if plan.ranks[name] == pair.rank and not pair.needs_bias:
+        moments = moments.about_zero  # a bias would be a cost that the plan does not know
     try:
         if metric == "euclidean":
             layer = refitted_layer(left, right, bias, moments, plan.keep[name])

@@ -38,6 +38,14 @@ class JointMoments:
     covariance: Tensor
     count: int
 
+    @property
+    def about_zero(self) -> JointMoments:
+        """Second moments in place of covariances, and means of 0: for layers that shall get no bias."""
+        groups = len(self.cross)
+        y, z = (mean.view(groups, -1, 1) for mean in (self.target_mean, self.mean))
+        cross, covariance = self.cross + y @ z.mT, self.covariance + z @ z.mT
+        return JointMoments(0.0 * self.target_mean, 0.0 * self.mean, cross, covariance, self.count)
+
 
 class _Sums:
     """Running sums of one layer."""

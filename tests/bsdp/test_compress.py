@@ -59,12 +59,12 @@ def test_the_budget_is_met_and_the_model_is_left_alone(kind: str) -> None:
     assert (model.training, model[4].training) == (True, False)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(isinstance(m, bsdp.BasisPair) for m in model.modules())
-    assert (result.examples, result.held_out) == (48, 12)
+    assert (result.examples, result.held_out) == (40, 20)
     assert result.agreement is not None and 0.0 <= result.agreement <= 1.0
     folded = result.folded.eval()
     assert sum(p.numel() for p in folded.parameters()) == result.stats.params
     torch.testing.assert_close(folded(images(4)), result.model.eval()(images(4)))
-    assert "12 held-out examples" in str(result)
+    assert "20 held-out examples" in str(result)
 
 
 def test_twice_the_same_gives_the_same() -> None:
@@ -76,10 +76,10 @@ def test_twice_the_same_gives_the_same() -> None:
 def test_fitted_layers_are_closer_than_truncated_ones() -> None:
     model, data = network(), images()
     options: dict[str, Any] = {"target": 0.6, "allocation": "energy", "recalibrate": False}
-    fitted = bsdp.compress(model, data, passes=9, **options)
+    fitted = bsdp.compress(model, data, passes=9, compensate=True, **options)
     truncated = bsdp.compress(model, data, compensate=False, **options)
     plain = bsdp.compress(model, data, metric="euclidean", compensate=False, **options)
-    refitted = bsdp.compress(model, data, metric="euclidean", passes=9, **options)
+    refitted = bsdp.compress(model, data, metric="euclidean", passes=9, compensate=True, **options)
 
     assert fitted.ranks == truncated.ranks
     errors = [error(model, result.model, data) for result in (fitted, truncated, refitted, plain)]
@@ -90,12 +90,19 @@ def test_fitted_layers_are_closer_than_truncated_ones() -> None:
 def test_a_layer_is_fitted_no_worse_than_truncated_on_the_data() -> None:
     model, data = network(), images()
     options: dict[str, Any] = {"target": 0.15, "include": ["0", "3"], "allocation": "energy", "recalibrate": False}
-    fitted = bsdp.compress(model, data, **options)
+    fitted = bsdp.compress(model, data, compensate=True, **options)
     truncated = bsdp.compress(model, data, compensate=False, **options)
     seen = collect_examples(data, images=256).seen.inputs[0]
     assert fitted.ranks["0"] < 12 and fitted.ranks["3"] < 6
     errors = [error(model[:4], result.model[:4], seen) for result in (fitted, truncated)]
     assert errors[0] < errors[1]
+
+
+def test_layers_that_lose_nothing_get_no_bias() -> None:
+    result = bsdp.compress(network(), images(), target=0.05, compensate=True)
+    assert result.stats.params_kept <= 0.95
+    full = [p for p in bsdp.named_pairs(result.model).values() if p.rank == p.full_rank and not p.had_bias]
+    assert full and not any(pair.needs_bias for pair in full)
 
 
 def test_at_full_rank_nothing_changes() -> None:
@@ -184,11 +191,16 @@ def test_a_network_with_pairs_is_shortened_further() -> None:
     assert first.stats.params_kept > 0.5 and bsdp.describe(first.model).params == first.stats.params
 
 
-def test_recalibration_is_done_when_it_is_asked_for() -> None:
-    always, never = (bsdp.compress(network(), images(), target=0.5, recalibrate=how) for how in (True, False))
+def test_auto_takes_the_closest_of_four() -> None:
+    found = {
+        (fit, norms): bsdp.compress(network(), images(), target=0.5, compensate=fit, recalibrate=norms)
+        for fit in (True, False)
+        for norms in (True, False)
+    }
+    assert all((result.compensated, result.recalibrated) == key for key, result in found.items())
     auto = bsdp.compress(network(), images(), target=0.5)
-    assert (always.recalibrated, never.recalibrated) == (True, False)
-    assert auto.output_change == min(always.output_change, never.output_change)
+    assert auto.output_change == min(result.output_change for result in found.values())
+    assert auto.output_change == found[auto.compensated, auto.recalibrated].output_change
 
 
 @pytest.mark.parametrize("allocation", ["taylor", "energy", "kl"])
@@ -196,7 +208,7 @@ def test_every_allocation_takes_loaders_with_labels(allocation: str) -> None:
     data = [(part, torch.arange(10) % 5) for part in images().split(10)]
     lines: list[str] = []
     result = bsdp.compress(network(), iter(data), target=0.4, allocation=allocation, images=32, progress=lines.append)
-    assert (result.examples, result.held_out) == (32, 8)
+    assert (result.examples, result.held_out) == (32, 16)
     assert result.stats.params_kept <= 0.6 and any("scoring" in line for line in lines)
 
 
@@ -224,6 +236,7 @@ def test_few_positions_warn_and_stay_finite() -> None:
         ({"metric": "kfac"}, "`metric`"),
         ({"allocation": "sigma"}, "`allocation`"),
         ({"recalibrate": "maybe"}, "`recalibrate`"),
+        ({"compensate": "maybe"}, "`compensate`"),
         ({"passes": 0}, "`passes`"),
         ({"include": ["99"]}, "`include`"),
         ({"exclude": ["0", "3", "6", "10"]}, "no layer that can be decomposed"),
