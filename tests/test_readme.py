@@ -63,6 +63,13 @@ def test_deploying_works_as_written(
     assert "largest difference from PyTorch" in capsys.readouterr().out and Path("model.onnx").is_file()
 
 
+def test_training_free_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = next(block for block in blocks() if "bsdp.compress(" in block)
+    loader = [torch.randn(24, 1, 8, 8)]
+    exec(compile(example, str(README), "exec"), {"bsdp": bsdp, "network": small_network(), "loader": loader})
+    assert "output change" in capsys.readouterr().out
+
+
 def test_files_and_commands_exist() -> None:
     text = README.read_text()
     root = README.parent
