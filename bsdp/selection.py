@@ -199,7 +199,7 @@ def _units(
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
     floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
-    floor = min(least_rank(floor, multiple), rank) if cost.cuttable else rank
+    floor = floor if cost.cuttable else rank
     stops = [0, *(rank - kept for kept in range(rank - 1, floor - 1, -1) if kept % multiple == 0)]
     return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), stops)
 

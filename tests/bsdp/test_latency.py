@@ -179,6 +179,21 @@ def test_a_layer_that_the_model_reads_has_no_time_of_its_own() -> None:
     assert not cost.layers["read"].cuttable and cost.smallest("latency") == cost.original("latency") == table.fixed_ns
 
 
+def test_a_layer_that_is_called_with_more_than_its_input_is_left_alone() -> None:
+    class Grower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.Conv2d(8, 2, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.head(self.up(images, output_size=(9, 9)))  # type: ignore[no-any-return]
+
+    model, example = Grower(), torch.zeros(1, 8, 4, 4)
+    bsdp.decompose(model)
+    table = bsdp.measure_latency_table(model, example, repeats=1)
+    assert table.layers["up"].fused_ns == 0 and table.fixed_ns > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

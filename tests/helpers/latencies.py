@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 import bsdp
@@ -32,6 +34,7 @@ def table_of(
 
 def latency_of(cost: LayerCost, *, speed: float = 1.0, slow: bool = False) -> bsdp.LayerLatency:
     """Times of one layer, at rank 1 and at the break-even rank."""
+    cost = replace(cost, pair_limit=None)  # of an earlier table
     ranks = (1, cost.largest_useful_rank)
     times = tuple(int((100 + rank * cost.per_rank) / speed) + slow * cost.fused for rank in ranks)
     return bsdp.LayerLatency(cost.fan_in, cost.out_channels, cost.groups, cost.fused, ranks, times)
