@@ -30,7 +30,9 @@ def square_factor(pair: BasisPair) -> nn.Parameter | None:
     return factor
 
 
-def condition_factors(pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Optimizer] = ()) -> bool:
+def condition_factors(
+    pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Optimizer] = (), rescale: bool = True
+) -> bool:
     """Fix the square layer of every pair at full rank, let both layers of the others train; functions do not change.
 
     Call it before training, and after every cut and re-base. It changes nothing where nothing is to be done.
@@ -38,6 +40,7 @@ def condition_factors(pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Op
     Args:
         pairs: Pairs whose weights train, see `bsdp.freeze`.
         optimizers: Optimizers that hold them; what they remember of rescaled weights is dropped.
+        rescale: False: only choose what trains, as for a run that is resumed, whose weights stay as they were.
 
     Returns:
         Whether another set of parameters trains now.
@@ -45,7 +48,7 @@ def condition_factors(pairs: Mapping[str, BasisPair], *, optimizers: Iterable[Op
     optimizers, changed = list(optimizers), False
     for pair in pairs.values():
         fixed = square_factor(pair)
-        if _far_from_unit(_lengths(pair, fixed), exact=fixed is not None):
+        if rescale and _far_from_unit(_lengths(pair, fixed), exact=fixed is not None):
             _rescale(pair, _lengths(pair, fixed), by_columns=fixed is pair.scaling.weight)
             for optimizer, parameter in itertools.product(optimizers, pair.parameters()):
                 optimizer.state.pop(parameter, None)

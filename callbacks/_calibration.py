@@ -8,6 +8,7 @@ from itertools import islice
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.gradient_moments import MetricCollector
@@ -40,7 +41,7 @@ def module_moments(
             the KFAC metric needs.
     """
     collector, seen = MetricCollector(pairs, metric), 0
-    with collector.collecting(pl_module) as take:
+    with random_state_kept(seed=0), collector.collecting(pl_module) as take:
         for batch in islice(own_iterator(trainer.train_dataloader), batches):
             images = first_tensor(trainer.strategy.batch_to_device(batch))
             if images is None:

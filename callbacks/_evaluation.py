@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -57,11 +58,17 @@ def evaluate(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give all random generators their states back afterwards, whatever happens."""
+def random_state_kept(seed: int | None = None) -> Iterator[None]:
+    """Give all random generators their states back afterwards, whatever happens.
+
+    Args:
+        seed: Torch's seed inside the ``with`` block: what is drawn from a loader is then the same in a resumed run.
+    """
     kept = isolate_rng()
     kept.__enter__()
     try:
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
     finally:
         kept.__exit__(None, None, None)  # by hand, because `isolate_rng` does not restore after an error

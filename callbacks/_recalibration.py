@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -42,8 +41,7 @@ def recalibrate(trainer: Trainer, pl_module: LightningModule, batches: int) -> N
                 )
             yield as_parameters(tensor, pl_module)
 
-    with random_state_kept():
-        torch.manual_seed(0)  # the same batches in a resumed run, whatever its loader has drawn before
+    with random_state_kept(seed=0):
         try:
             names = recalibrate_batch_norms(pl_module, images())
         except NoImagesError:

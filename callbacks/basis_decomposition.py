@@ -142,12 +142,11 @@ class BasisDecomposition(Callback):
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
             moments, _ = module_moments(trainer, pl_module, pairs, metric=self.metric, batches=self.calibration_batches)
             rebase(pairs, moments, centred=self.centred, shrinkage=self.shrinkage)
+        self._condition(trainer, pairs, rescale=trainer.global_step == 0)
 
-        self._condition(trainer, pairs)
-
-    def _condition(self, trainer: Trainer, pairs: dict[str, BasisPair]) -> None:
+    def _condition(self, trainer: Trainer, pairs: dict[str, BasisPair], *, rescale: bool = True) -> None:
         """Where weights train: fix the square layers of pairs at full rank, and let those train that were cut."""
-        if self.train == "weights" and condition_factors(pairs, optimizers=trainer.optimizers):
+        if self.train == "weights" and condition_factors(pairs, optimizers=trainer.optimizers, rescale=rescale):
             rewrap(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -211,8 +211,7 @@ class DoublePruning(RoundPruning):
         assert isinstance(pruner, DoublePruner)
         if self.settings.split != "auto" or pruner.probe is not None:
             return
-        with random_state_kept():  # the same images at whichever cut a resumed run comes here
-            torch.manual_seed(0)
+        with random_state_kept(seed=0):  # the same images at whichever cut a resumed run comes here
             batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
             found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
         images = [as_parameters(tensor, pl_module) for tensor in found if tensor is not None]

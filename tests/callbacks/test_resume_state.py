@@ -112,7 +112,7 @@ def fit(
     torch.manual_seed(5 if ckpt is None else 6)
     module = Learner(**(learner or {}))
     pruning = IterativeBasisPruning(**{"target": 0.6, "tolerance": 0.9, "warmup_epochs": 2, **options.pop("prune", {})})
-    callbacks = [pruning, BasisDecomposition(), *others]
+    callbacks = [pruning, BasisDecomposition(**options.pop("decompose", {})), *others]
     settings = {"max_epochs": 5, "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in others), **options}
     trainer = make_trainer(folder, callbacks, **settings)
     weights_only = {} if ckpt is None else {"weights_only": True}
@@ -155,6 +155,24 @@ def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: 
     with pytest.raises(Stopped):
         fit(tmp_path, SaveAt(*moment), prune=prune)
     module, resumed, _ = fit(tmp_path, ckpt=tmp_path / "kept.ckpt", prune=prune)
+    assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
+    assert resumed.record.rounds == pruning.record.rounds
+
+
+@pytest.mark.parametrize("moment", [("on_train_epoch_end", 1), ("on_train_epoch_end", 3)])
+@pytest.mark.parametrize("prune", [{}, {"rebase": "every_round", "metric": "activation"}], ids=["", "rebase"])
+def test_training_of_all_weights_goes_on_from_an_epochs_end(tmp_path: Path, moment: Any, prune: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"decompose": {"metric": "activation", "train": "weights"}, "prune": prune}
+
+    def run(folder: Path, *others: Callback, ckpt: Path | None = None) -> tuple[LightningModule, IterativeBasisPruning]:
+        changed = {key: dict(value) for key, value in options.items()}
+        module, pruning, _ = fit(folder, *others, ckpt=ckpt, **changed)
+        return module, pruning
+
+    whole, pruning = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path, SaveAt(*moment))
+    module, resumed = run(tmp_path, ckpt=tmp_path / "kept.ckpt")
     assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
     assert resumed.record.rounds == pruning.record.rounds
 
