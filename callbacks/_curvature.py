@@ -144,7 +144,8 @@ def _generators_kept(loader: Any) -> Iterator[None]:
 def _muted(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Log nothing, to no logger, and put copies in the place of all metrics."""
     loggers, originals = trainer.loggers, _metrics(pl_module)
-    taken = {key: pl_module.__dict__[key] for key in ("log", "log_dict") if key in pl_module.__dict__}
+    names: tuple[str, ...] = ("log", "log_dict")
+    taken = {key: pl_module.__dict__[key] for key in names if key in pl_module.__dict__}
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]
         for parent, name, metric in originals:
@@ -153,7 +154,7 @@ def _muted(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *_args, **_options: None
         yield
     finally:
-        for key in ("log", "log_dict"):
+        for key in names:
             pl_module.__dict__.pop(key, None)
         pl_module.__dict__.update(taken)
         for parent, name, metric in originals:

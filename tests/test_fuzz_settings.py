@@ -79,6 +79,10 @@ SETTINGS: dict[tuple[str, str], dict[str, Rule]] = {
             "mean_square", "mean_abs", "fisher", "second_order", "energy", "magnitude", "sigma_energy"
         ),
         "score_momentum": number(0, 1, zero=True),
+        "distillation": number(0, 1, open_end=False, zero=True),
+        "recalibration_batches": whole(0),
+        "rebase": one_of("never", "warmup", "every_round"),
+        "sparsifier": one_of("none", "l1"),
         "curvature_batches": whole(1),
         "ranking": one_of("importance", "per_cost", "hull"),
         "tolerance": number(0, math.inf, open_end=False, optional=True, zero=True),
@@ -97,8 +101,10 @@ SETTINGS: dict[tuple[str, str], dict[str, Rule]] = {
         "trainable": texts,
         "metric": one_of("euclidean", "activation"),
         "calibration_batches": whole(1),
-        "batch_norm": one_of("frozen", "stats", "affine", "all"),
+        "train": one_of("scales", "weights"),
+        "batch_norm": lambda v: v in (None, "frozen", "stats", "affine", "all"),
         "train_bias": flag,
+        "centred": flag,
     },
     ("callback", "bsdp.callbacks.PruningReport"): {
         "latency_batch_size": whole(1),
