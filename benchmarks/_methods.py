@@ -144,7 +144,7 @@ def build_method(name: str, task: Config) -> Method:
     stages = [compose(_read(path), task, epochs=share) for path, share in zip(paths, shares, strict=True)]
     method = Method("+".join(path.stem for path in paths), tuple(stages))
     for stage in stages:
-        _check_rounds(method.name, stage)
+        check_rounds(method.name, stage)
     return method
 
 
@@ -230,7 +230,7 @@ def _kind(callback: Config) -> str:
     return str(callback["class_path"]).rsplit(".", 1)[-1]
 
 
-def _check_rounds(method: str, config: Config) -> None:
+def check_rounds(method: str, config: Config) -> None:
     """Refuse, before anything runs, a schedule that the equal number of epochs has no room for."""
     epochs = config["trainer"]["max_epochs"]
     for callback in _callbacks(config):

@@ -23,6 +23,21 @@ def overrides_of(words: list[str]) -> dict[str, Any]:
     return values
 
 
+def seeds_of(text: str) -> list[int]:
+    """Seeds, from ``0,1,2``.
+
+    Raises:
+        ValueError: If one is no whole number from 0 on or stands there twice.
+    """
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`--seeds` must be different whole numbers from 0 on, such as 0,1,2, got {text!r}.")
+    return seeds
+
+
 def targets_of(text: str) -> list[float]:
     """Shares to remove, from ``0.5,0.9``.
 

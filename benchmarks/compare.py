@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve()
 
 from benchmarks import _runs  # noqa: E402
 from benchmarks._methods import EXPERIMENTS, FINETUNE, PEERS, TASKS, Method, build_methods, read_task  # noqa: E402
-from benchmarks._options import overrides_of, targets_of, task_name  # noqa: E402
+from benchmarks._options import overrides_of, seeds_of, targets_of, task_name  # noqa: E402
 from benchmarks._reports import report, write_report  # noqa: E402
 from benchmarks._session import Display, alone_in  # noqa: E402
 from benchmarks._tables import finished, read_rows, rows_of, skipped, write_rows, write_text  # noqa: E402
 
 Key = tuple[str, float | None, int]
+Show = Callable[[list[dict[str, Any]]], str]
+Write = Callable[[list[dict[str, Any]], Path], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Comparison:
         seeds: Seeds of every method.
         folder: Where the results go.
         samples_per_class: Training images of each class; None for all.
+        script: The file here that makes the comparison.
     """
 
     task: str
@@ -71,6 +75,7 @@ class Comparison:
     seeds: list[int]
     folder: Path
     samples_per_class: int | None = None
+    script: str = "compare"
 
     @property
     def results(self) -> Path:
@@ -111,10 +116,24 @@ def main(words: list[str] | None = None) -> int:
     if options.show:
         print(report(rows_of(options.show)), end="")
         return 0
+    return carry_out(lambda: _comparison(options, overrides_of(rest)))
+
+
+def carry_out(make: Callable[[], Comparison], *, show: Show = report, write: Write = write_report) -> int:
+    """Make a comparison, try its methods and run what is missing.
+
+    Args:
+        make: Gives the comparison; a ValueError says what was wrong with the command line.
+        show: The tables of rows.
+        write: Writes them into a folder.
+
+    Returns:
+        0; 1 if runs failed, 2 after a mistake on the command line, 130 after an interruption.
+    """
     try:
-        with alone_in((comparison := _comparison(options, overrides_of(rest))).folder) as handles:
+        with alone_in((comparison := make()).folder) as handles:
             write_configs(comparison)
-            return run_all(try_all(comparison, handles), handles)
+            return run_all(try_all(comparison, handles), handles, show=show, write=write)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -145,12 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 def _comparison(options: argparse.Namespace, overrides: dict[str, Any]) -> Comparison:
     if not options.task:
         raise ValueError(f"`--task` is missing: one of {', '.join(sorted(p.stem for p in TASKS.glob('*.yaml')))}.")
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"`--seeds` must be different whole numbers from 0 on, such as 0,1,2, got {options.seeds!r}.")
+    seeds = seeds_of(options.seeds)
     task = read_task(options.task, overrides, options.epochs)
     targets = targets_of(options.targets)
     methods = build_methods([name for name in options.methods.split(",") if name], task, targets)
@@ -166,7 +180,7 @@ def write_configs(comparison: Comparison) -> None:
     done = comparison.present()
     for method in comparison.methods:
         for path, stage in zip(comparison.configs(method), method.stages, strict=True):
-            text = f"# Made by benchmarks/compare.py: {method.label} on {comparison.task}.\n"
+            text = f"# Made by benchmarks/{comparison.script}.py: {method.label} on {comparison.task}.\n"
             text += yaml.safe_dump(stage, sort_keys=False)
             if path.is_file() and path.read_text(encoding="utf-8") != text and method.label in done:
                 raise ValueError(
@@ -215,7 +229,9 @@ def try_all(comparison: Comparison, handles: tuple[int, ...]) -> Comparison:
     return replace(comparison, methods=[method for method in comparison.methods if method.name not in reasons])
 
 
-def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
+def run_all(
+    comparison: Comparison, handles: tuple[int, ...], *, show: Show = report, write: Write = write_report
+) -> int:
     """Run what is missing, write rows, table and picture after each run, and print the table."""
     missing = comparison.missing()
     minutes: list[float] = []
@@ -229,10 +245,10 @@ def run_all(comparison: Comparison, handles: tuple[int, ...]) -> int:
         rows = [r for r in read_rows(comparison.results) if key_of(r) != (method.name, method.target, seed)]
         write_rows(comparison.results, [*rows, row])
         print(f"  {_said(row)}", flush=True)
-        write_report([*rows, row], comparison.folder)
+        write([*rows, row], comparison.folder)
     rows = read_rows(comparison.results)
-    write_report(rows, comparison.folder)
-    print(f"\n{report(rows)}\nwritten: {comparison.folder}")
+    write(rows, comparison.folder)
+    print(f"\n{show(rows)}\nwritten: {comparison.folder}")
     return 0 if all(finished(row) or skipped(row) for row in rows) else 1
 
 
@@ -243,7 +259,7 @@ def _run(comparison: Comparison, method: Method, seed: int, handles: tuple[int, 
         method=method.name,
         seed=seed,
         configs=comparison.configs(method),
-        name=f"compare/{comparison.folder.name}/{method.label}",
+        name=f"{comparison.script}/{comparison.folder.name}/{method.label}",
         log=comparison.folder / "logs" / f"{method.label}_seed{seed}.log",
         prunes=method.prunes,
         target=method.target,
