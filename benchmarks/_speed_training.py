@@ -110,6 +110,8 @@ def _pruning(method: str) -> Callback:
 def scales(options: argparse.Namespace) -> list[Row]:
     """A training step of the scaling factors and the head alone against one of all weights, and peak memories.
 
+    With lean norms, the frozen batch norms keep no input (see `bsdp.lean_batch_norms`).
+
     The decomposed network has its batch norms frozen, as `BasisDecomposition` leaves them, and keeps a share of every
     rank; the first basis vectors stay. Memory is that of tensors, as torch's own profiler sees them in the first step,
     gradients and momentum included; the weights that stand before the step are counted apart.
@@ -127,6 +129,9 @@ def scales(options: argparse.Namespace) -> list[Row]:
         for share in SHARES:
             networks[f"scales at {share:g} of the rank"] = _scales_only(networks["all weights"], share, images[:1])
         steps = {name: _step(network, images, labels) for name, network in networks.items()}
+        for name, network in list(networks.items())[1:]:
+            networks[f"{name}, lean norms"] = network
+            steps[f"{name}, lean norms"] = _lean(network, steps[name])
         memory = {name: _peak_memory(step) for name, step in steps.items()}
         times = milliseconds(steps, repeats=options.repeats)
         base = "all weights"
@@ -176,6 +181,16 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], No
         optimizer.step()
 
     return step
+
+
+def _lean(network: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
+    """The same step with `bsdp.lean_batch_norms`."""
+
+    def lean_step() -> None:
+        with bsdp.lean_batch_norms(network.modules()):
+            step()
+
+    return lean_step
 
 
 def _peak_memory(step: Callable[[], None]) -> int:

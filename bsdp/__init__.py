@@ -29,6 +29,7 @@ from bsdp.importance import ScoreAccumulator
 from bsdp.latency import LatencyTable, LayerLatency
 from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
+from bsdp.lean_norms import lean_batch_norms
 from bsdp.moments import LayerMoment
 from bsdp.optimizers import adopt_parameters
 from bsdp.plots import plot_pruning_curves
@@ -103,6 +104,7 @@ __all__ = [
     "freeze",
     "kept_share",
     "layer_cost",
+    "lean_batch_norms",
     "load",
     "load_checkpoint",
     "load_delta",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +18,7 @@ from bsdp.compiling import inside_compiled, plain_name
 from bsdp.decompose import Decomposition, decompose, find_head
 from bsdp.freezing import BATCH_NORM_MODES, fixed_batch_norms, freeze
 from bsdp.layers import BasisPair, named_pairs
+from bsdp.lean_norms import lean_batch_norms
 from bsdp.optimizers import adopt_parameters
 from bsdp.structure import structure_of
 from bsdp.weight_training import condition_factors
@@ -47,6 +49,9 @@ class BasisDecomposition(Callback):
         batch_norm: What trains of the batch norms: ``frozen`` (nothing), ``stats`` (running statistics only),
             ``affine`` (weight and bias only), ``all``. Default: ``frozen``, and ``all`` where all weights train.
         train_bias: Whether the biases of decomposed layers train; all do where all weights train.
+        lean_batch_norm: Compute frozen batch norms of training batches as one multiplication and addition (see
+            `bsdp.lean_batch_norms`): the same up to rounding, with a third less memory and in less time. Not for
+            modules that are compiled, which gain nothing.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class BasisDecomposition(Callback):
         train: Literal["scales", "weights"] = "scales",
         batch_norm: Literal["frozen", "stats", "affine", "all"] | None = None,
         train_bias: bool = False,
+        lean_batch_norm: bool = False,
     ) -> None:
         if metric == "kfac":  # type: ignore[comparison-overlap]
             raise ValueError(
@@ -89,6 +95,8 @@ class BasisDecomposition(Callback):
         self.decomposition: Decomposition | None = None
         self._kept: list[str] = []
         self._fixed_batch_norms: list[nn.Module] = []
+        self.lean_batch_norm = lean_batch_norm
+        self._lean = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap and freeze, before optimizers and DDP exist."""
@@ -156,6 +164,21 @@ class BasisDecomposition(Callback):
         for module in self._fixed_batch_norms:
             if module.training:
                 module.eval()
+        self._lean.close()  # a batch that somebody skipped has no end
+        if self.lean_batch_norm:
+            self._lean.enter_context(lean_batch_norms(self._fixed_batch_norms))
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Give the batch norms their own classes back."""
+        self._lean.close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave no batch norm changed."""
+        self._lean.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no batch norm changed."""
+        self._lean.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the structure, from which a module is rebuilt before its weights load."""

@@ -207,7 +207,6 @@ class IterativeBasisPruning(RoundPruning):
         if self.needs_example or saved is not None:
             self.table = table_for_run(
                 pl_module,
-                cost,
                 network=network,
                 shapes=shapes,
                 path=self.latency_table,

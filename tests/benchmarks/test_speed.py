@@ -31,10 +31,15 @@ def test_scales_are_compared_at_every_share(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "scales", "--networks", "bsdp:resnet20,8,2")
     assert [row["trains"] for row in rows] == [
         "all weights",
-        *(f"scales at {share} of the rank" for share in ("1", "0.75", "0.5", "0.25")),
+        *(
+            f"scales at {share} of the rank{how}"
+            for how in ("", ", lean norms")
+            for share in ("1", "0.75", "0.5", "0.25")
+        ),
     ]
     assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1.0
-    weights = [row["weights_mb"] for row in rows[1:]]
+    weights = [row["weights_mb"] for row in rows[1:5]]
+    assert all(lean["peak_mb"] < plain["peak_mb"] for plain, lean in zip(rows[1:5], rows[5:], strict=True))
     assert weights == sorted(weights, reverse=True) and all(row["peak_mb"] > 0 for row in rows)
 
 
