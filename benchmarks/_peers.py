@@ -31,10 +31,11 @@ IMPORTANCES = ("taylor", "l1", "l2", "fpgm")
 class TorchPruning(Peer):
     """Channel pruning by torch-pruning 1.6 as its README and its CIFAR script use it.
 
-    One `BasePruner` with global ranking and the classifier ignored steps through ``iterative_steps`` small removals;
-    each round steps until its share of the parameters is gone. Gradients for the Taylor score are those of the loss,
-    accumulated over `score_batches` batches in eval mode by plain ``backward`` calls. After a cut the optimizer goes on
-    with the new parameters and no momentum, as one that is built anew.
+    One `BasePruner` with the classifier ignored steps through ``iterative_steps`` small removals, by default of the
+    same share in every layer as in the README; each round steps until its share of the parameters is gone. Gradients
+    for the Taylor score are those of the loss, accumulated over `score_batches` batches in eval mode by plain
+    ``backward`` calls. After a cut the optimizer goes on with the new parameters and no momentum, as one that is built
+    anew.
 
     Args:
         importance: ``taylor`` (`GroupTaylorImportance`), ``l1`` and ``l2`` (`GroupMagnitudeImportance`) or ``fpgm``
@@ -42,6 +43,8 @@ class TorchPruning(Peer):
         steps: Removals in which the library could take everything; a round ends between two of them.
         score_batches: Training batches for the Taylor score of a round.
         max_pruning_ratio: Largest share of a layer's channels that is removed, as in the library.
+        global_pruning: Rank the channels of all layers together. Without a `max_pruning_ratio` that leaves single
+            channels in some layers of MobileNetV2, from which fine-tuning does not recover.
         ignored: Name patterns of layers of the network whose channels stay, besides the classifier.
         target: See `Peer`, as all others.
         target_kind: See `Peer`.
@@ -58,6 +61,7 @@ class TorchPruning(Peer):
         steps: int = 400,
         score_batches: int = 16,
         max_pruning_ratio: float = 1.0,
+        global_pruning: bool = False,
         ignored: list[str] | None = None,
         target: float = 0.5,
         target_kind: Literal["params", "macs"] = "params",
@@ -78,7 +82,7 @@ class TorchPruning(Peer):
         check_at_least("steps", steps, 1)
         check_at_least("score_batches", score_batches, 1)
         self.importance, self.steps, self.score_batches = importance, steps, score_batches
-        self.max_pruning_ratio, self.ignored = max_pruning_ratio, ignored
+        self.max_pruning_ratio, self.global_pruning, self.ignored = max_pruning_ratio, global_pruning, ignored
         self.pruner: Any = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,7 +143,7 @@ class TorchPruning(Peer):
                 network,
                 self.example,
                 importance=scorer,
-                global_pruning=True,
+                global_pruning=self.global_pruning,
                 pruning_ratio=ratio,
                 iterative_steps=steps,
                 max_pruning_ratio=self.max_pruning_ratio,
