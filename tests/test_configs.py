@@ -53,6 +53,7 @@ def test_every_file_says_what_it_is_for_and_how() -> None:
         assert len(header) >= 2, f"{path.name} has no header"
 
 
+@pytest.mark.filterwarnings("ignore:fewer examples times positions")  # of one small batch
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
 def test_complete_file_runs(path: Path, folder: Path) -> None:
     # Without the data and weights that do not ship: digits and random weights in their place, one batch.

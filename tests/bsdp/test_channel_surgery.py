@@ -178,7 +178,7 @@ def test_the_activation_metric_survives(name: str) -> None:
     """Outputs are those of ignoring, and the features of a layer whose inputs stay are decorrelated again."""
     net, batch = traceable_net(name), traceable_batch(name, batch=64)
     statistics = collect_output_moments(net, [batch])
-    bsdp.decompose(net, metric="activation", statistics=statistics)
+    bsdp.decompose(net, metric="activation", statistics=statistics, shrinkage=0.0)
     first = next(iter(named_pairs(net).values()))
     assert orthonormality_error(first) > 0.01
     groups = channel_groups(net, batch[:1])

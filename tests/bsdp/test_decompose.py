@@ -659,7 +659,7 @@ def test_a_decomposed_model_trains_and_its_scales_learn() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["euclidean", "activation"])
 def test_channels_last_and_non_contiguous_weights_are_fine(metric: str) -> None:
     case = CASES_BY_NAME["strided"]
     layer = case.build().double().to(memory_format=torch.channels_last)

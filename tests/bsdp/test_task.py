@@ -382,6 +382,7 @@ def test_hyperparameters_are_plain(tmp_path: Path) -> None:
         "head": "original",
         "lr_scheduler": "cosine",
         "lr_interval": "epoch",
+        "lr_restart_epoch": None,
         "head_lr": None,
         "scale_lr": None,
         "label_smoothing": 0.0,

@@ -66,7 +66,7 @@ def test_an_offline_run_has_curves_axes_tables_and_summary(tmp_path: Path) -> No
     assert report.summary is not None
     plain = {k: v for k, v in report.summary.items() if isinstance(v, (str, int, float))}
     assert {f"pruning/{key}": value for key, value in plain.items()}.items() <= values.items()
-    for name, columns, count in (("result", 4, 6), ("rounds", 11, 3), ("layers", 11, 2)):
+    for name, columns, count in (("result", 4, 6), ("rounds", 13, 3), ("layers", 11, 2)):
         assert (values[f"pruning/{name}/ncols"], values[f"pruning/{name}/nrows"]) == (columns, count)
     (table,) = tmp_path.rglob("media/table/pruning/result_*.table.json")
     data = {row[0]: row[1:] for row in json.loads(table.read_text())["data"]}
