@@ -229,7 +229,17 @@ def _message_for_users(error: BaseException) -> str | None:
         lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
         text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
         return re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", text) + ". --help lists the options."
-    return str(error) if type(error).__name__ == "MisconfigurationException" else None
+    return str(error) if type(error).__name__ == "MisconfigurationException" else _without_class(str(error))
+
+
+def _without_class(text: str) -> str | None:
+    """What to say of a value, such as ``{}``, that the parser took for a class although it names none."""
+    found = re.search(r"Cannot instantiate (typing\.\w+)", text)
+    if found is None:
+        return None
+    option = re.search(rf"(\w+)=Namespace\(class_path='{re.escape(found[1])}'", text)
+    name = "an option" if option is None else f"`{option[1]}`"
+    return f"{name} has a value that names no class: give one of its words, or `class_path` and `init_args`."
 
 
 def _restores(error: BaseException) -> bool:

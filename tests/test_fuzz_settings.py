@@ -164,9 +164,10 @@ def build(parser: ArgumentParser, part: str, path: str, options: dict[str, Any])
     return config[part].init_args.as_dict(), None
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.sampled_from(SLOTS), VALUES)
 @example(SLOTS[0], 0.5)
+@example(("model", "bsdp.task.TransferTask", "lr_scheduler"), {})
 def test_a_setting_is_accepted_where_it_is_allowed_and_else_explained(
     parser: ArgumentParser, slot: tuple[str, str, str], value: Any
 ) -> None:

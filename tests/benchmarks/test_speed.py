@@ -49,6 +49,7 @@ def test_callbacks_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert row["ratio"] == row["seconds_with"] / row["seconds_without"] and row["method"] == "basis"
 
 
+@pytest.mark.slow
 def test_folded_networks_keep_more_in_the_same_time(tmp_path: Path) -> None:
     words = ("folded", "--networks", "bsdp:resnet20,8", "--batch-sizes", "2", "--engines", "eager")
     rows = {row["selection"]: row for row in rows_of(tmp_path, *words, "--selections", "multiples,latency")}
