@@ -20,7 +20,7 @@ from bsdp.compiling import uncompiled
 from bsdp.curvature import Closure, measure_curvature
 from bsdp.example_terms import ExampleTerms
 from bsdp.feature_statistics import FeatureStatistics
-from bsdp.layers import BasisPair
+from bsdp.layers import BasisPair, matrix_of, weight_of
 
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {"mean_square": torch.square, "mean_abs": torch.abs}
 DATA_FREE = ("magnitude", "sigma_energy")
@@ -243,10 +243,10 @@ class ScoreAccumulator:
 
     def _compute(self, statistics: FeatureStatistics | None) -> dict[str, Tensor]:
         if self.importance == "magnitude":
-            return {n: magnitude(p.scale, column_norms(p)).float() for n, p in self.pairs.items()}
+            return {n: magnitude(p.scale, basis_norms(p)).float() for n, p in self.pairs.items()}
         if self.importance == "sigma_energy":
             pairs = self.pairs.items()
-            return {n: sigma_energy(p.scale, column_norms(p), groups=p.groups).float() for n, p in pairs}
+            return {n: sigma_energy(p.scale, basis_norms(p), groups=p.groups).float() for n, p in pairs}
         if self.importance == "energy":
             moments = {} if statistics is None else statistics.second_moments()
             missing = [name for name in self.pairs if name not in moments]
@@ -297,7 +297,19 @@ _ADVICE = {
 
 
 def column_norms(pair: BasisPair) -> Tensor:
-    """Euclidean norms of the frozen 1x1 weights per basis, ``[groups * rank]``: the singular values after an SVD."""
+    """Euclidean norms of the 1x1 weights per basis, ``[groups * rank]``: the singular values after an SVD."""
     grouped = pair.scaling.weight.detach().view(pair.groups, pair.out_per_group, pair.rank)
     norms: Tensor = torch.linalg.vector_norm(grouped, dim=1)
     return norms.flatten()
+
+
+def basis_norms(pair: BasisPair) -> Tensor:
+    """Size of every basis without its factor, ``[groups * rank]``: the singular values after an SVD.
+
+    While weights are frozen that is `column_norms`. Where they train, `bsdp.condition_factors` has moved lengths
+    between the two layers, and the size is the norm of what the basis adds to the weight, whichever layer holds it.
+    """
+    filters = weight_of(pair.basis)
+    if not (filters.requires_grad or pair.scaling.weight.requires_grad):
+        return column_norms(pair)
+    return column_norms(pair) * torch.linalg.vector_norm(matrix_of(pair.basis).detach(), dim=2).flatten()

@@ -129,3 +129,15 @@ def test_conditioning_again_changes_nothing(kind: str) -> None:
     bsdp.freeze(net, train_weights=True)
     assert condition_factors(pairs)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "sigma_energy"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_scores_without_data_do_not_depend_on_which_layer_holds_the_lengths(kind: str, importance: str) -> None:
+    _, net, _ = decomposed(kind)
+    pairs = bsdp.named_pairs(net)
+    frozen = bsdp.ScoreAccumulator(pairs, importance=importance).compute()["0"]
+    bsdp.freeze(net, train_weights=True)
+    condition_factors(pairs)
+    trained = bsdp.ScoreAccumulator(pairs, importance=importance).compute()["0"]
+    assert torch.allclose(trained, frozen, atol=1e-5)
