@@ -96,10 +96,29 @@ class PruningSettings(RoundSettings):
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
         check_momentum(self.score_momentum)
+        self._refuse_without_effect()
         check_choice("ranking", self.ranking, RANKINGS)
         check_whole("min_rank", self.min_rank, 1)
         check_whole("rank_multiple", self.rank_multiple, 1)
         super().__post_init__()
+
+    def _refuse_without_effect(self) -> None:
+        """Refuse settings of bases that would be ignored."""
+        if self.rebase == "never":
+            given = {"metric": self.metric == "kfac", "centred": self.centred, "shrinkage": self.shrinkage is not None}
+            odd = next((name for name, is_given in given.items() if is_given), None)
+            if odd is not None:
+                raise ValueError(
+                    f"`{odd}={getattr(self, odd)!r}` is about bases that are chosen anew in the course of the run, but "
+                    "`rebase` is 'never': set it to 'warmup' or 'every_round'."
+                )
+        if self.rebase == "warmup" and self.warmup_epochs == 0:
+            raise ValueError("`rebase='warmup'` needs `warmup_epochs` of at least 1, got 0: set it, or 'every_round'.")
+        if self.rebase == "every_round" and self.score_momentum:
+            raise ValueError(
+                f"`score_momentum={self.score_momentum}` averages scores of the same bases, but `rebase='every_round'` "
+                "chooses others before every cut: set `rebase` to 'warmup', or `score_momentum` to 0."
+            )
 
     @property
     def needs_scores(self) -> bool:

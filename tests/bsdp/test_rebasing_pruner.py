@@ -103,3 +103,18 @@ def test_what_cannot_work_is_refused() -> None:
         make(shrinkage=-0.1)
     with pytest.raises(ValueError, match="`batches` is empty: choosing bases"):
         make(rebase="warmup")[1].rebase([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "kfac"}, "`metric='kfac'` is about bases that are chosen anew .* but `rebase` is 'never'"),
+        ({"centred": True}, "`centred=True` is about bases that are chosen anew"),
+        ({"shrinkage": 0.0}, "`shrinkage=0.0` is about bases that are chosen anew"),
+        ({"rebase": "warmup", "warmup_epochs": 0, "importance": "magnitude"}, "`rebase='warmup'` needs"),
+        ({"rebase": "every_round", "score_momentum": 0.5}, "`score_momentum=0.5` averages scores of the same bases"),
+    ],
+)
+def test_settings_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
