@@ -312,4 +312,5 @@ def basis_norms(pair: BasisPair) -> Tensor:
     filters = weight_of(pair.basis)
     if not (filters.requires_grad or pair.scaling.weight.requires_grad):
         return column_norms(pair)
-    return column_norms(pair) * torch.linalg.vector_norm(matrix_of(pair.basis).detach(), dim=2).flatten()
+    lengths: Tensor = torch.linalg.vector_norm(matrix_of(pair.basis).detach(), dim=2)
+    return column_norms(pair) * lengths.flatten()
