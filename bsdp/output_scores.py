@@ -87,6 +87,11 @@ def _loss(outputs: Tensor, labels: Tensor | None, generator: torch.Generator) ->
     """A number per batch whose gradient, squared and averaged, is the score; examples do not mix."""
     outputs = outputs.float()
     if labels is not None:
+        if outputs.dim() != 2 or not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
+            raise ValueError(
+                f"`data`: labels go from {int(labels.min())} to {int(labels.max())}, but the network puts out "
+                f"{list(outputs.shape)}: give labels of its classes, or choose `allocation='kl'`, which needs none."
+            )
         return F.cross_entropy(outputs, labels, reduction="sum")
     drawn = torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.float32) * 2 - 1
     signs = drawn.to(outputs.device)

@@ -26,6 +26,8 @@ def check_sparsifier(sparsifier: str, weight: float) -> None:
             f"`sparsity_weight={weight}` weighs a penalty on the scaling factors, but `sparsifier` is 'none': set it "
             "to 'l1', or the weight to 0."
         )
+    if not weight and sparsifier != "none":
+        raise ValueError(f"`sparsifier={sparsifier!r}` does nothing without a `sparsity_weight` above 0, such as 1e-4.")
 
 
 @torch.no_grad()

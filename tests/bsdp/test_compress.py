@@ -230,6 +230,7 @@ def test_few_positions_warn_and_stay_finite() -> None:
         ({"data": [images(4), images(4)[:, :, :6]]}, "different shapes"),
         ({"data": [(images(4), torch.zeros(3))]}, "equally many examples"),
         ({"allocation": "taylor"}, "needs labels"),
+        ({"allocation": "taylor", "data": [(images(20), torch.arange(20))]}, "`data`: labels go from 0 to 1\\d"),
         ({"target": 0.99}, "`target=0.99` is out of reach"),
         ({"target": 50}, "`target` is a share"),
         ({"target_kind": "bases"}, "`target_kind`"),

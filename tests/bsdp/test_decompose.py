@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.decompose import find_head
-from bsdp.factorize import METRICS
 from bsdp.layers import BasisPair, named_pairs
 from bsdp.stats import count_macs
 from tests.helpers.cases import CASES_BY_NAME, LAYER_CASES, LayerCase
@@ -239,7 +238,7 @@ def test_activation_metric_needs_statistics_of_every_layer_it_decomposes() -> No
     with pytest.raises(ValueError, match="`statistics` lacks layer 'conv2'"):
         bsdp.decompose(net, metric="activation", statistics=moments)
     assert not named_pairs(net)
-    with pytest.raises(ValueError, match="`metric=.activation.` needs `statistics`: see `bsdp"):
+    with pytest.raises(ValueError, match=r"`metric=.activation.` needs `statistics`: see `bsdp"):
         bsdp.decompose(net, metric="activation")
     bsdp.decompose(net, metric="activation", statistics=moments, include=["conv1"])
     assert list(named_pairs(net)) == ["conv1"]
