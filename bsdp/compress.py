@@ -139,8 +139,8 @@ def compress(
         progress: Called with a line of text before every step, such as `print`.
 
     Raises:
-        ValueError: If an argument is not allowed, the data are empty, NaN or lack labels that are needed, no layer can
-            be decomposed, or the target is out of reach.
+        ValueError: If an argument is not allowed, the data are empty, NaN, of another kind than the network takes, or
+            lack labels that are needed, no layer can be decomposed, or the target is out of reach.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(2))
@@ -151,6 +151,8 @@ def compress(
         True
     """
     start = time.perf_counter()
+    if torch.is_inference_mode_enabled():
+        raise ValueError("`compress` needs gradients: call it outside of `torch.inference_mode()`.")
     _check(target_kind, metric, allocation, ranking, images, passes, batch_size)
     for name, value in (("compensate", compensate), ("recalibrate", recalibrate)):
         if value not in (True, False, "auto"):
@@ -165,6 +167,7 @@ def compress(
     work = copy.deepcopy(model)
     device = next((p.device for p in work.parameters()), torch.device("cpu"))
     example = tuple(t.to(device) for t in found.seen.take(torch.arange(1)).inputs)
+    _check_inputs(work, example)
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
     cost = _cost(work, example, settings, skipped)
@@ -218,6 +221,20 @@ def _check(
     check_choice("ranking", ranking, RANKINGS)
     for name, value in (("images", images), ("passes", passes), ("batch_size", batch_size)):
         check_whole(name, value, 2 if name == "images" else 1)
+
+
+def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Refuse examples that the network cannot take, before anything else fails on them."""
+    try:
+        with evaluating(work):
+            work(*example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        given = ", ".join(f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}" for tensor in example)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"`model` cannot take the inputs of `data` ({given} for one example): {reason}. Give the inputs that it was "
+            "trained on: images are floats, [batch, channels, height, width], normalised as for the training."
+        ) from error
 
 
 def _cost(work: nn.Module, example: Any, settings: PruningSettings, skipped: dict[str, str]) -> ModelCost:

@@ -77,6 +77,12 @@ class BasisDecomposition(Callback):
             )
         check_choice("metric", metric, ("euclidean", "activation"))
         check_shrinkage(shrinkage)
+        for name, given in (("centred", centred), ("shrinkage", shrinkage is not None)):
+            if given and metric == "euclidean":
+                raise ValueError(
+                    f"`{name}` is about bases chosen by what they put out, but `metric` is 'euclidean': set `metric: "
+                    f"activation`, or leave `{name}` out."
+                )
         check_at_least("calibration_batches", calibration_batches, 1)
         check_choice("train", train, ("scales", "weights"))
         batch_norm = batch_norm or ("all" if train == "weights" else "frozen")
@@ -150,6 +156,11 @@ class BasisDecomposition(Callback):
         if self.metric == "activation" and trainer.global_step == 0 and untouched:
             moments, _ = module_moments(trainer, pl_module, pairs, metric=self.metric, batches=self.calibration_batches)
             rebase(pairs, moments, centred=self.centred, shrinkage=self.shrinkage)
+        elif self.metric == "activation" and trainer.global_step == 0:
+            rank_zero_info(
+                "bsdp: layers have lost bases already, so those that are left stay as they are (`metric: activation` "
+                "orders the bases of whole layers; `rebase` of `IterativeBasisPruning` orders those that are left)."
+            )
         self._condition(trainer, pairs, rescale=trainer.global_step == 0)
 
     def _condition(self, trainer: Trainer, pairs: dict[str, BasisPair], *, rescale: bool = True) -> None:

@@ -228,6 +228,8 @@ def test_few_positions_warn_and_stay_finite() -> None:
         ({"data": images(1)}, "`data` has 1 examples"),
         ({"data": images(20) * float("nan")}, "NaN or infinity"),
         ({"data": [images(4), images(4)[:, :, :6]]}, "different shapes"),
+        ({"data": images(20).to(torch.uint8)}, r"cannot take the inputs of `data` .* of uint8 for one example"),
+        ({"data": images(20)[:, :1]}, r"cannot take the inputs of `data` \(\[1, 1,"),
         ({"data": [(images(4), torch.zeros(3))]}, "equally many examples"),
         ({"allocation": "taylor"}, "needs labels"),
         ({"allocation": "taylor", "data": [(images(20), torch.arange(20))]}, "`data`: labels go from 0 to 1\\d"),
@@ -249,6 +251,11 @@ def test_refusals(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         bsdp.compress(model, arguments.pop("data"), **arguments)
     assert model.training
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of `torch.inference_mode"):
+        bsdp.compress(network(), images(20), target=0.5)
 
 
 @pytest.mark.parametrize("data", [3, "folder", {"a": images(4)}, [{"a": images(4)}], [("a", "b")]])

@@ -283,6 +283,8 @@ class TestRefusals:
             ({"metric": "activations"}, "`metric` must be one of 'euclidean', 'activation'"),
             ({"batch_norm": "none"}, "`batch_norm` must be one of"),
             ({"calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+            ({"centred": True}, "`centred` is about bases chosen by what they put out"),
+            ({"shrinkage": 0.0}, "`shrinkage` is about bases chosen by what they put out"),
         ],
     )
     def test_settings(self, options: Any, message: str) -> None:
