@@ -17,7 +17,7 @@ from bsdp.callbacks._measuring import first_example
 from bsdp.callbacks._run_folder import run_folder
 from bsdp.probing import first_tensor
 from bsdp.report import write_summary
-from bsdp.rounds import default_rounds
+from bsdp.round_settings import default_rounds
 from bsdp.schedules import SCHEDULES, kept_share
 from bsdp.stats import count_macs
 

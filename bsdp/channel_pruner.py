@@ -22,7 +22,8 @@ from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
-from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.round_settings import RoundSettings
+from bsdp.rounds import RoundPruner
 from bsdp.scale_hooks import scales_of
 from bsdp.sparsifiers import add_l1_gradient
 from bsdp.stats import described_layers, layer_rows, measure_cost, measure_positions

@@ -229,11 +229,11 @@ def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
         with evaluating(work):
             work(*example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        given = ", ".join(f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}" for tensor in example)
+        given = ", ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in example)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"`model` cannot take the inputs of `data` ({given} for one example): {reason}. Give the inputs that it was "
-            "trained on: images are floats, [batch, channels, height, width], normalised as for the training."
+            f"`model` cannot take the inputs of `data` ({given} for one example): {reason}. Give the inputs that "
+            "it was trained on: images are floats, [batch, channels, height, width], normalised as for the training."
         ) from error
 
 

@@ -19,17 +19,18 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from bsdp._checks import check_choice
+from bsdp.basis_stage import BasisStage
 from bsdp.channel_pruner import SCALED, ChannelPruningSettings, ChannelStage, describe_channels, smallest_cost
 from bsdp.cost import ModelCost
 from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
-from bsdp.pruner import BasisStage
 from bsdp.record import RoundRecord
-from bsdp.rounds import RoundPruner, Stage
+from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS
 from bsdp.sparsifiers import check_sparsifier
+from bsdp.stages import Stage
 from bsdp.stats import measure_cost
 from bsdp.structure import set_shape, shape_of
 from bsdp.surgery import load_tensors

@@ -7,139 +7,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp._checks import check_above, check_at_least, check_choice, check_fraction, check_share, check_whole
-from bsdp.cost import COST_KINDS, ModelCost
+from bsdp.cost import ModelCost
 from bsdp.distillation import SelfDistillation
 from bsdp.importance import NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord, RoundRecord
-from bsdp.schedules import SCHEDULES, kept_share
+from bsdp.round_settings import RoundSettings
+from bsdp.schedules import kept_share
+from bsdp.stages import Stage
 from bsdp.structure import set_shape, shape_of
 from bsdp.surgery import load_tensors
-
-
-@dataclass(frozen=True)
-class RoundSettings:
-    """Settings of pruning in rounds; checked when made.
-
-    Attributes:
-        target: Share of the original model to remove, in (0, 1).
-        target_kind: What `target` counts, for example ``"params"`` or ``"macs"``.
-        rounds: Number of cuts.
-        schedule: How the removal is spread over the rounds, see `kept_share`.
-        warmup_epochs: Epochs before the first cut.
-        epochs_per_round: Epochs of training after each cut.
-        tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
-        mode: ``"max"`` if a higher value is better, else ``"min"``.
-        patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
-        distillation: Weight, in [0, 1], of what the unpruned model (at the reference) says, against the labels, after
-            the first cut, see `Distiller`; 0 for none.
-        distillation_temperature: See `distillation_loss`.
-        distillation_module: Dotted name, in the model, of the module that returns the class scores; None for the
-            network.
-    """
-
-    kinds: ClassVar[Sequence[str]] = COST_KINDS
-    unscored: ClassVar[str] = "importance='magnitude'"  # the setting that needs no epoch of scores before a cut
-
-    target: float = 0.7
-    target_kind: str = "params"
-    rounds: int = 5
-    schedule: str = "cubic"
-    warmup_epochs: int = 1
-    epochs_per_round: int = 1
-    tolerance: float | None = 0.01
-    mode: str = "max"
-    patience_rounds: int = 1
-    distillation: float = 0.0
-    distillation_temperature: float = 2.0
-    distillation_module: str | None = None
-
-    def __post_init__(self) -> None:
-        check_share("target", self.target)
-        check_choice("target_kind", self.target_kind, self.kinds)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("mode", self.mode, ("max", "min"))
-        for name in ("rounds", "epochs_per_round", "patience_rounds"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("warmup_epochs", self.warmup_epochs, 0)
-        if self.tolerance is not None:
-            check_at_least("tolerance", self.tolerance, 0)
-        check_fraction("distillation", self.distillation)
-        check_above("distillation_temperature", self.distillation_temperature, 0)
-        if self.distillation and self.warmup_epochs == 0:
-            raise ValueError(
-                "`distillation` learns from the model as the warm-up leaves it: `warmup_epochs` must be at least 1."
-            )
-        if self.warmup_epochs == 0 and (self.tolerance is not None or self.needs_scores):
-            raise ValueError(
-                "`warmup_epochs` must be at least 1: the first cut needs scores of an epoch and a reference value. "
-                f"0 goes only with `tolerance=None` and `{self.unscored}`."
-            )
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether a cut needs scores of an epoch of training."""
-        return True
-
-    @property
-    def epochs(self) -> int:
-        """Epochs the schedule takes in all."""
-        return self.warmup_epochs + self.rounds * self.epochs_per_round
-
-
-class Stage(Protocol):
-    """One way of making a network smaller: its scores, and the cut they lead to."""
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether `update` must see gradients."""
-
-    def holds(self, optimizer: Optimizer) -> bool:
-        """Whether the steps of this optimizer are those to score."""
-
-    def update(self) -> None:
-        """Add the scores of the gradients that stand now; once per optimizer step."""
-
-    def penalise(self) -> None:
-        """Add the gradients of penalties to those that stand now; after `update`, while a cut is still to come."""
-
-    def reset(self) -> None:
-        """Forget all scores."""
-
-    def rebind(self) -> None:
-        """Follow the network after a cut, forgetting all scores."""
-
-    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
-        """Watch forward and backward passes until it is closed; None if there is nothing to watch."""
-
-    def plan(self, budget: float, cost: ModelCost) -> Any:
-        """Plan the removal of the weakest units down to a budget.
-
-        Raises:
-            NoScoresError: If there is nothing to rank by.
-        """
-
-    def apply(self, plan: Any, optimizers: Iterable[Optimizer]) -> bool:
-        """Carry out a plan; return whether it reaches its budget."""
-
-    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Average scores over processes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors for a checkpoint."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the network must have the structure of then."""
 
 
 class RoundPruner:
@@ -486,8 +371,3 @@ class RoundPruner:
             latency=None if cost.fixed_latency is None else cost.deployed(ranks, "latency"),
         )
         return self.describe(record)
-
-
-def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) -> int:
-    """All rounds that fit into a number of epochs; at least 0."""
-    return max(0, (epochs - warmup_epochs) // epochs_per_round)

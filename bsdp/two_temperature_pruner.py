@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_whole
+from bsdp.basis_stage import BasisStage
 from bsdp.cost import COST_KINDS, ModelCost
 from bsdp.importance import NoScoresError
-from bsdp.pruner import BasisStage, IterativePruner, PruningSettings
+from bsdp.pruner import IterativePruner, PruningSettings
 from bsdp.rank_patterns import RankPattern
 from bsdp.selection import PruningPlan, select, select_ranks
 from bsdp.two_temperature import TwoTemperatureGates, check_temperatures

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 import bsdp
 from bsdp._checks import check_whole
+from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
 from bsdp.callbacks._curvature import add_curvature, check_curvature
 from bsdp.callbacks._evaluation import random_state_kept
@@ -29,9 +30,9 @@ from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import forget_graphs
 from bsdp.cost import ModelCost
-from bsdp.pruner import BasisStage
 from bsdp.record import PruningRecord
-from bsdp.rounds import RoundPruner, RoundSettings
+from bsdp.round_settings import RoundSettings
+from bsdp.rounds import RoundPruner
 from bsdp.structure import structure_of
 
 

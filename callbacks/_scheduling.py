@@ -8,7 +8,7 @@ from dataclasses import replace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from bsdp.rounds import RoundSettings, default_rounds
+from bsdp.round_settings import RoundSettings, default_rounds
 
 
 def scheduled_settings(

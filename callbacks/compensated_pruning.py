@@ -24,7 +24,7 @@ from bsdp.compiling import forget_graphs, uncompiled
 from bsdp.cost import ModelCost
 from bsdp.folding import refuse_pairs
 from bsdp.probing import evaluating, first_tensor
-from bsdp.rounds import RoundSettings
+from bsdp.round_settings import RoundSettings
 from bsdp.surgery import load_tensors
 
 _NOTABLE = 0.005  # difference of two accuracies that ought to be one

@@ -11,7 +11,7 @@ from torch import nn
 
 import bsdp
 from bsdp.pruner import IterativePruner, PruningSettings
-from bsdp.rounds import default_rounds
+from bsdp.round_settings import default_rounds
 from tests.helpers.nets import ConvNet
 
 
