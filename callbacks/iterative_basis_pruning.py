@@ -196,7 +196,7 @@ class IterativeBasisPruning(RoundPruning):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.table = None
-            if self.latency_table is not None:
+            if self.latency_table is not None and trainer.ckpt_path is None:  # a resumed run has its own, see `build`
                 LatencyTable.load(self.latency_table)
 
     def build(
