@@ -196,14 +196,21 @@ class IterativeBasisPruning(RoundPruning):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.table = None
-            if self.latency_table is not None and trainer.ckpt_path is None:  # a resumed run has its own, see `build`
-                LatencyTable.load(self.latency_table)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a latency table that cannot be read, unless the run goes on with that of its checkpoint."""
+        if self.latency_table is not None and self._saved_table() is None:
+            LatencyTable.load(self.latency_table)
+        super().on_fit_start(trainer, pl_module)
+
+    def _saved_table(self) -> Any:
+        return None if self._loaded is None else self._loaded.get("latency_table")
 
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
     ) -> IterativePruner:
         """Make the pruner, with the latency table if there is to be one."""
-        saved = None if self._loaded is None else self._loaded.get("latency_table")
+        saved = self._saved_table()
         if self.needs_example or saved is not None:
             self.table = table_for_run(
                 pl_module,
