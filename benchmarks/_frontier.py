@@ -123,7 +123,7 @@ def _sizes(found: Sequence[Point], methods: Sequence[str]) -> list[str]:
     targets = sorted({p.target for p in found if p.target is not None})
     lines = [
         "Accuracy on test images (parameters kept / MACs kept), mean (lowest to highest) over the seeds, by the share "
-        "of the parameters that was to go:",
+        "that was to go, of the parameters or of what the method counts (`_macs`: of the MACs):",
         "",
         f"| method | {' | '.join(f'{target:.0%} gone' for target in targets)} |",
         f"{'| --- ' * (len(targets) + 1)}|",

@@ -9,7 +9,8 @@ for other libraries, in benchmarks/methods (or a path), of which only the method
 that `a` left, half of the epochs each. `finetune`, all weights trained and nothing removed, is always among them: the
 unpruned network to compare with.
 
-With --targets every method ends at every one of these sizes (shares of the parameters removed), whatever the accuracy.
+With --targets every method ends at every one of these sizes, whatever the accuracy: shares removed of the parameters, or
+of what the method's `target_kind` says (`channels_tuned_macs`: of the multiply-adds).
 The table then has the accuracy at each size, the smallest network of every method that is at most 1 point below the
 unpruned one on validation images, and a verdict. A method that cannot run on the network is left out, with the reason.
 
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", help=f"one of {tasks}, or a path")
     parser.add_argument("--methods", default="", help=f"with commas between them; of {methods}, {peers}, or paths")
-    parser.add_argument("--targets", default="", help="shares of the parameters to remove, such as 0.5,0.7,0.9")
+    parser.add_argument("--targets", default="", help="shares to remove, such as 0.5,0.7,0.9")
     parser.add_argument("--seeds", default="0,1,2", help="whole numbers with commas between them (default: 0,1,2)")
     parser.add_argument("--epochs", type=int, help="epochs of every run (default: those of the task)")
     parser.add_argument(
