@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import nn
 
 import bsdp
-from benchmarks._speed_common import Row, build
+from benchmarks._speed_common import Row, build, milliseconds
 from bsdp.factorize import factorize
 
 NETWORKS = ("torchvision:resnet50", "torchvision:densenet121", "torchvision:vit_b_16", "torchvision:vgg16")
@@ -73,6 +76,38 @@ def growth(options: argparse.Namespace) -> list[Row]:
         rows[-1]["order"] = order
         previous = seconds
     return rows
+
+
+def parallel(options: argparse.Namespace) -> list[Row]:
+    """Whether layers in parallel are decomposed faster than one after another, in seconds on the wall.
+
+    `alone` is one thread, `inside` lets torch use the threads within each layer (what `decompose` does), `side by side`
+    gives each thread a layer of its own.
+    """
+    threads, rows = max(2, options.threads), []
+    for backbone in [name for name, *_ in options.networks] or ("torchvision:resnet50", "torchvision:vit_b_16"):
+        network = build(backbone)
+        names = bsdp.decompose(copy.deepcopy(network)).replaced
+        layers = [network.get_submodule(name) for name in names]
+        calls = {
+            "alone": lambda layers=layers: _factorised(layers, threads=1, workers=1),
+            "inside": lambda layers=layers: _factorised(layers, threads=threads, workers=1),
+            "side by side": lambda layers=layers: _factorised(layers, threads=1, workers=threads),
+        }
+        try:
+            times = milliseconds(calls, repeats=options.repeats, warmup=0, wall=True)
+        finally:
+            torch.set_num_threads(options.threads)
+        for way, time_taken in times.items():
+            row = {"part": "parallel", "network": backbone, "what": way, "layers": len(layers)}
+            rows.append({**row, "seconds": time_taken / 1e3, "threads": 1 if way == "alone" else threads})
+    return rows
+
+
+def _factorised(layers: Sequence[nn.Module], *, threads: int, workers: int) -> None:
+    torch.set_num_threads(threads)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(bsdp.pair_from_layer, layers))
 
 
 def _timed(weight: torch.Tensor, metric: str, moment: torch.Tensor) -> float:

@@ -9,8 +9,8 @@ for other libraries, in benchmarks/methods (or a path), of which only the method
 that `a` left, half of the epochs each. `finetune`, all weights trained and nothing removed, is always among them: the
 unpruned network to compare with.
 
-With --targets every method ends at every one of these sizes, whatever the accuracy: shares removed of the parameters, or
-of what the method's `target_kind` says (`channels_tuned_macs`: of the multiply-adds).
+With --targets every method ends at every one of these sizes, whatever the accuracy: shares removed of the parameters,
+or of what the method's `target_kind` says (`channels_tuned_macs`: of the multiply-adds).
 The table then has the accuracy at each size, the smallest network of every method that is at most 1 point below the
 unpruned one on validation images, and a verdict. A method that cannot run on the network is left out, with the reason.
 

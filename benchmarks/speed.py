@@ -5,6 +5,7 @@
     python benchmarks/speed.py scales                 training scales against all weights: time and peak memory, by rank
     python benchmarks/speed.py decompose              seconds and peak memory of `bsdp.decompose` for large networks
     python benchmarks/speed.py growth                 how that grows with the width of a layer and the number of images
+    python benchmarks/speed.py parallel               whether layers side by side are decomposed faster
     python benchmarks/speed.py folded                 speed-up over MAC reduction, by selection, in eager mode
     python benchmarks/speed.py folded --engines compile,onnxruntime
     python benchmarks/speed.py profile                where the time of the original and the pruned network goes
@@ -39,11 +40,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "scales": _speed_training.scales,
     "decompose": _speed_decompose.decompose,
     "growth": _speed_decompose.growth,
+    "parallel": _speed_decompose.parallel,
     "folded": _speed_folded.folded,
     "profile": _speed_folded.profile,
 }
 _IDENTITY = ("network", "image_size", "batch_size", "engine", "method", "metric", "what", "threads")
-_REPEATS = {"callbacks": 3, "scales": 7, "folded": 20}
+_REPEATS = {"callbacks": 3, "scales": 7, "folded": 20, "parallel": 3}
 
 
 def main(words: Sequence[str] | None = None) -> None:

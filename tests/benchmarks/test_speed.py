@@ -82,6 +82,14 @@ def test_decomposing_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeyp
     assert calls == [["bsdp:resnet20", metric, "4", "1"] for metric in ("euclidean", "activation")]
 
 
+def test_layers_side_by_side_are_timed(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    rows = rows_of(tmp_path, "parallel", "--networks", "bsdp:resnet20", "--repeats", "1")
+    assert {row["what"]: row["threads"] for row in rows} == {"alone": 1, "inside": 2, "side by side": 2}
+    assert all(row["layers"] == 21 and row["seconds"] > 0 for row in rows)
+    torch.set_num_threads(threads)
+
+
 def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
     old = [{"network": "a", "batch_size": 1, "ms": 1.0}, {"network": "a", "batch_size": 32, "ms": 2.0}]
     assert speed.merged(old, [{"network": "a", "batch_size": 1, "ms": 3.0}]) == [old[1], {**old[0], "ms": 3.0}]
