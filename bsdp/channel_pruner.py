@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp.channel_criteria import data_free_scores
 from bsdp.channel_graph import ChannelGroup, channel_groups, plan_removal
 from bsdp.channel_importance import CRITERIA, ChannelScores
 from bsdp.channel_means import InputMeans, move_means_to_bias
 from bsdp.channel_scales import ScaleScores, add_scales, keep_scales
-from bsdp.channel_selection import CHANNEL_KINDS, CHANNEL_RANKINGS, ChannelCost, ChannelPlan, select_channels
+from bsdp.channel_selection import (
+    CHANNEL_KINDS,
+    CHANNEL_RANKINGS,
+    ChannelCost,
+    ChannelPlan,
+    least_units,
+    select_channels,
+)
 from bsdp.channel_surgery import remove_channels
 from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
@@ -151,6 +159,13 @@ class ChannelStage:
     def needs_gradients(self) -> bool:
         """Whether `update` must see gradients."""
         return bool(self.scores.needs_gradients)
+
+    @property
+    def scored(self) -> set[str]:
+        """Groups that can get scores; the others stay whole."""
+        if self.settings.criterion == "bn_scale":
+            return set(data_free_scores(self.network, self.groups, "bn_scale"))
+        return set(self.groups)
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds anything of the network."""
@@ -311,23 +326,34 @@ class ChannelPruner(RoundPruner):
         cost = measure_cost(part, as_inputs(example), new_bias=False) if cost is None else cost
         self.stage = ChannelStage(part, example, settings, kind=settings.target_kind)
         super().__init__(model, settings, cost, {"channel": self.stage}, network=network, monitor=monitor)
-        if not widths_of(part):  # else the original's cost is not known before the state is loaded
+        if self.original_known:
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
 
     def check_target(self) -> None:
         """Refuse a target beyond what is gone when every group has its least number of channels."""
-        most = self.largest_share()
+        most, in_rounds = self.largest_share(), self.largest_share(rounds=self.settings.rounds)
         if self.settings.target > most:
             raise ValueError(
                 f"`target={self.settings.target}` is out of reach: with {self.settings.min_channels} channel(s) left "
-                f"in every group, {most:.1%} of the {self.settings.target_kind} would be gone (the channels of inputs "
-                f"and outputs stay). Choose a target below {most:.3f}, or prune bases, too."
+                f"in every group that has scores, {most:.1%} of the {self.settings.target_kind} would be gone (the "
+                f"channels of inputs and outputs stay). Choose a target below {most:.3f}, or prune bases, too."
             )
+        if self.settings.target > in_rounds:
+            raise ValueError(out_of_rounds(self.settings, in_rounds))
 
-    def largest_share(self) -> float:
-        """What would be gone with `min_channels` in every group: the ceiling of any target."""
-        return 1.0 - smallest_cost(self.stage, self.cost) / self.original(self.settings.target_kind)
+    @property
+    def original_known(self) -> bool:
+        """Whether no layer has lost channels: else the original's cost is not known before the state is loaded."""
+        return not widths_of(self.network)
+
+    def largest_share(self, *, rounds: int | None = None) -> float:
+        """What would be gone with the least channels in every group: the ceiling of any target.
+
+        Args:
+            rounds: Cuts in which to get there, each bounded by ``max_group_ratio``; None for no such bound.
+        """
+        return 1.0 - smallest_cost(self.stage, self.cost, rounds=rounds) / self.original(self.settings.target_kind)
 
     def original(self, kind: str) -> float:
         """Cost of the network before the first cut."""
@@ -342,12 +368,44 @@ class ChannelPruner(RoundPruner):
         return describe_channels(record, self.stage)
 
 
-def smallest_cost(stage: ChannelStage, cost: ModelCost) -> float:
-    """What is left with the least number of channels everywhere."""
-    reckoning = stage.cost(cost)
+def smallest_cost(
+    stage: ChannelStage, cost: ModelCost, *, rounds: int | None = None, ranks: Mapping[str, int] | None = None
+) -> float:
+    """What is left with the least number of channels in every group that gets scores.
+
+    Args:
+        stage: The channels.
+        cost: Cost of the network now.
+        rounds: Cuts in which to get there, each bounded by ``max_group_ratio``; None for no such bound.
+        ranks: Ranks of the pairs then; None for those they have.
+    """
+    reckoning, settings, scored = stage.cost(cost), stage.settings, stage.scored
+    limits = {"min_channels": settings.min_channels, "max_group_ratio": settings.max_group_ratio}
     for name, group in stage.groups.items():
-        reckoning.remove(name, group.size - min(stage.settings.min_channels, group.size))
-    return float(reckoning.total)
+        if name in scored:
+            least = least_units(group, round_to=settings.round_to, rounds=rounds, **limits)
+            reckoning.remove(name, group.size - least)
+    if ranks is None:
+        return float(reckoning.total)
+    inside, present = (
+        reckoning.with_ranks(ranks),
+        {name: pair.rank for name, pair in named_pairs(stage.network).items()},
+    )
+    others = [name for name in cost.layers if name not in reckoning.layers]  # of no group: their channels stay
+    options: dict[str, Any] = {"kind": stage.kind, "new_bias": cost.new_bias}
+    layers = cost.layers
+    return inside + sum(
+        layers[n].deployed(ranks[n], **options) - layers[n].deployed(present[n], **options) for n in others
+    )
+
+
+def out_of_rounds(settings: Any, share: float) -> str:
+    """What to say of a target that the rounds do not reach."""
+    return (
+        f"`target={settings.target}` is out of reach in `rounds={settings.rounds}`, each of which may remove "
+        f"`max_group_ratio={settings.max_group_ratio}` of a group of channels (`round_to={settings.round_to}`): "
+        f"{share:.1%} of the {settings.target_kind} could be gone. Use more rounds, a larger ratio or a smaller target."
+    )
 
 
 def describe_channels(record: RoundRecord, stage: ChannelStage) -> RoundRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,16 @@ class _Layer:
     outputs: int
     rank: int | None  # None for a plain layer
 
-    def at(self, inputs: int, outputs: int, *, kind: str, new_bias: bool) -> int:
-        """Cost with other numbers of inputs and outputs."""
+    def at(self, inputs: int, outputs: int, *, kind: str, new_bias: bool, rank: int | None = None) -> int:
+        """Cost with other numbers of inputs and outputs, and of a pair at another rank if one is given."""
         fan_in = self.cost.fan_in * inputs // self.inputs
         groups = self.cost.groups
         if self.depthwise:
             fan_in, groups = self.cost.fan_in, outputs
         full = max(1, min(fan_in, outputs // groups))
         cost = replace(self.cost, fan_in=fan_in, out_channels=outputs, groups=groups, full_rank=full)
-        rank = full if self.rank is None else min(self.rank, full)
+        own = self.rank if rank is None or not self.cost.cuttable else rank
+        rank = full if self.rank is None or own is None else min(own, full)
         return cost.deployed(rank, kind=kind, new_bias=new_bias and rank < full)
 
     @property
@@ -108,6 +110,16 @@ class ChannelCost:
         for name, widths, _, _ in self._step(group, units):
             self.widths[name] = widths
         self.total -= saved
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> float:
+        """The total if the pairs among the layers had other ranks, for ``"params"`` and ``"macs"``."""
+        total = self.total
+        for name, rank in ranks.items():
+            layer = self.layers.get(name)
+            if layer is not None and layer.rank is not None:
+                options: dict[str, Any] = {"kind": self.kind, "new_bias": self.new_bias}
+                total += layer.at(*self.widths[name], rank=rank, **options) - layer.at(*self.widths[name], **options)
+        return total
 
     def _step(self, group: str, units: int) -> list[tuple[str, tuple[int, int], int, int]]:
         if self.kind == "channels":
@@ -184,7 +196,7 @@ def select_channels(
     check_at_least("budget", budget, 0)
     ordered = {name: _ordered(name, importance[name], cost) for name in cost.groups if name in importance}
     most = {n: _most(len(o.values), min_channels, max_group_ratio, threshold, o.values) for n, o in ordered.items()}
-    chunks = {n: _chunks(cost.groups[n], most[n], round_to) for n in ordered}
+    chunks = {n: _chunks(cost.groups[n], cost.groups[n].size, most[n], round_to) for n in ordered}
     removed = dict.fromkeys(cost.groups, 0)
     if ranking == "priority":
         _by_priority(ordered, chunks, cost, budget, removed, theta)
@@ -199,6 +211,30 @@ def select_channels(
         for name, count in removed.items()
     }
     return ChannelPlan(remove, cost.total <= budget, cost.total)
+
+
+def least_units(
+    group: ChannelGroup,
+    *,
+    min_channels: int = 1,
+    max_group_ratio: float = 0.95,
+    round_to: int = 1,
+    rounds: int | None = None,
+) -> int:
+    """The least number of units that plans of `select_channels` which follow each other leave of a group.
+
+    Args:
+        group: The group.
+        min_channels: See `select_channels`.
+        max_group_ratio: See there.
+        round_to: See there.
+        rounds: Number of plans; None: `max_group_ratio` does not count.
+    """
+    size, ratio = group.size, 1.0 if rounds is None else max_group_ratio
+    rounds = 1 if rounds is None else rounds
+    while rounds > 0 and (removed := sum(_chunks(group, size, _most(size, min_channels, ratio, None, []), round_to))):
+        size, rounds = size - removed, rounds - 1
+    return size
 
 
 def signature(group: ChannelGroup, cost: ChannelCost) -> tuple[object, ...]:
@@ -255,13 +291,13 @@ def _most(size: int, minimum: int, ratio: float, threshold: float | None, values
     return max(0, most)
 
 
-def _chunks(group: ChannelGroup, most: int, round_to: int) -> list[int]:
-    """Numbers of units to remove at a time, so that the channels left are always a multiple."""
+def _chunks(group: ChannelGroup, size: int, most: int, round_to: int) -> list[int]:
+    """Numbers of units to remove at a time of so many, so that the channels left are always a multiple."""
     per_unit = group.units.shape[1]
     step = round_to // math.gcd(round_to, per_unit)
     if step == 1:
         return [1] * most
-    first = group.size % step or step
+    first = size % step or step
     chunks = [first] if first <= most else []
     while chunks and sum(chunks) + step <= most:
         chunks.append(step)

@@ -20,11 +20,19 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_choice
 from bsdp.basis_stage import BasisStage
-from bsdp.channel_pruner import SCALED, ChannelPruningSettings, ChannelStage, describe_channels, smallest_cost
+from bsdp.channel_pruner import (
+    SCALED,
+    ChannelPruningSettings,
+    ChannelStage,
+    describe_channels,
+    out_of_rounds,
+    smallest_cost,
+)
 from bsdp.cost import ModelCost
 from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
+from bsdp.pruner import reachable_ranks
 from bsdp.record import RoundRecord
 from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
@@ -178,41 +186,53 @@ class DoublePruner(RoundPruner):
         self.changes: dict[str, float] = {}  # what the last trial of each kind did to the outputs
         self.stage = "basis" if settings.order == "basis_then_channel" else "channel"
         self._cut_by = ""
-        if not widths_of(part):  # else the original's cost is not known before the state is loaded
+        if self.original_known:
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
 
     def check_target(self) -> None:
-        """Refuse a target beyond what is gone at the least ranks and channels everywhere."""
-        most = self.largest_share()
-        if self.settings.target > most:
+        """Refuse a target beyond what is gone at the least ranks and channels that the rounds can reach."""
+        settings = self.settings
+        most, in_rounds = self.largest_share(), self.largest_share(rounds=settings.rounds)
+        if settings.target > most:
             raise ValueError(
-                f"`target={self.settings.target}` is out of reach: with the least ranks and channels everywhere, "
-                f"{most:.1%} of the {self.settings.target_kind} would be gone. Choose a target below {most:.3f}."
+                f"`target={settings.target}` is out of reach: with the least ranks and channels everywhere, "
+                f"{most:.1%} of the {settings.target_kind} would be gone. Choose a target below {most:.3f}."
             )
-        if self.settings.split == "auto":
+        if settings.target > in_rounds:
+            raise ValueError(out_of_rounds(settings, in_rounds))
+        if settings.split == "auto":
             return
-        share = float(self.settings.split)
-        parts = {"basis": share * self.settings.target, "channel": (1.0 - share) * self.settings.target}
-        for name, largest in self.largest_shares().items():
+        share = float(settings.split)
+        parts = {"basis": share * settings.target, "channel": (1.0 - share) * settings.target}
+        # Channels go on where bases cannot reach their share in time, so that only their rounds are a bound.
+        shares = self.largest_shares() | {"channel": self.largest_shares(rounds=settings.rounds)["channel"]}
+        for name, largest in shares.items():
             if parts[name] > largest:
                 raise ValueError(
-                    f"`split={self.settings.split}` of `target={self.settings.target}` cannot be met: "
-                    f"{parts[name]:.1%} of the {self.settings.target_kind} would have to go by cuts of {name}, which "
-                    f"can remove {largest:.1%} at most. Use `split='auto'`, another share, or a smaller target."
+                    f"`split={settings.split}` of `target={settings.target}` cannot be met: "
+                    f"{parts[name]:.1%} of the {settings.target_kind} would have to go by cuts of {name}, which "
+                    f"can remove {largest:.1%} at most in `rounds={settings.rounds}`. Use `split='auto'`, another "
+                    "share, more rounds, or a smaller target."
                 )
 
-    def largest_share(self) -> float:
-        """What bases and channels together could remove at the very most."""
-        basis, channel = (1.0 - share for share in self.largest_shares().values())
-        return 1.0 - min(basis, channel, basis * channel)
+    @property
+    def original_known(self) -> bool:
+        """Whether no layer has lost channels: else the original's cost is not known before the state is loaded."""
+        return not widths_of(self.network)
 
-    def largest_shares(self) -> dict[str, float]:
+    def largest_share(self, *, rounds: int | None = None) -> float:
+        """What bases and channels together could remove at the very most, in any number of rounds or so many."""
+        ranks = reachable_ranks(self.cost, self.settings, rounds=rounds)
+        left = smallest_cost(self.channel, self.cost, rounds=rounds, ranks=ranks)
+        return 1.0 - left / self.cost.original(self.settings.target_kind)
+
+    def largest_shares(self, *, rounds: int | None = None) -> dict[str, float]:
         """What each kind could remove alone."""
         kind = self.settings.target_kind
         least = {
-            "basis": self.cost.smallest(kind, min_rank=self.settings.min_rank),
-            "channel": smallest_cost(self.channel, self.cost),
+            "basis": self.cost.deployed(reachable_ranks(self.cost, self.settings, rounds=rounds), kind),
+            "channel": smallest_cost(self.channel, self.cost, rounds=rounds),
         }
         return {name: 1.0 - cost / self.cost.original(kind) for name, cost in least.items()}
 

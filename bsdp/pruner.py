@@ -24,7 +24,7 @@ from bsdp.probing import as_inputs
 from bsdp.round_settings import RoundSettings
 from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
-from bsdp.selection import RANKINGS, least_rank
+from bsdp.selection import RANKINGS, least_rank, reachable_rank
 from bsdp.sparsifiers import check_sparsifier
 from bsdp.stats import limit_pairs
 
@@ -126,21 +126,44 @@ class PruningSettings(RoundSettings):
         return self.importance not in DATA_FREE
 
 
-def largest_removable_share(cost: ModelCost, settings: PruningSettings) -> float:
-    """What would be gone with the least rank in every layer: the ceiling of any target."""
-    kind, least = settings.target_kind, least_rank(settings.min_rank, settings.rank_multiple)
-    return 1.0 - cost.smallest(kind, min_rank=least) / cost.original(kind)
+def largest_removable_share(cost: ModelCost, settings: Any, *, rounds: int | None = None) -> float:
+    """What would be gone with the least rank in every layer: the ceiling of any target.
+
+    Args:
+        cost: The network at full rank.
+        settings: With the fields of `PruningSettings` that bound ranks.
+        rounds: Cuts in which to get there, each bounded by ``max_layer_ratio``; None for no such bound.
+    """
+    kind = settings.target_kind
+    return 1.0 - cost.deployed(reachable_ranks(cost, settings, rounds=rounds), kind) / cost.original(kind)
 
 
-def refuse_unreachable(cost: ModelCost, settings: PruningSettings) -> None:
+def reachable_ranks(cost: ModelCost, settings: Any, *, rounds: int | None = None) -> dict[str, int]:
+    """The least rank of every layer after so many cuts, see `largest_removable_share`."""
+    multiple = getattr(settings, "rank_multiple", 1)
+    if rounds is None:
+        least = least_rank(settings.min_rank, multiple)
+        return {name: layer.smallest_rank(least) for name, layer in cost.layers.items()}
+    limits: dict[str, Any] = {"min_rank": settings.min_rank, "max_layer_ratio": settings.max_layer_ratio}
+    limits |= {"rank_multiple": multiple, "rounds": rounds}
+    return {name: reachable_rank(layer, **limits) for name, layer in cost.layers.items()}
+
+
+def refuse_unreachable(cost: ModelCost, settings: PruningSettings, *, rounds: int | None = None) -> None:
     """Refuse a target beyond `largest_removable_share`."""
-    most = largest_removable_share(cost, settings)
+    most, in_rounds = (largest_removable_share(cost, settings, rounds=n) for n in (None, rounds))
     if settings.target > most:
         raise ValueError(
             f"`target={settings.target}` is out of reach: with rank "
             f"{least_rank(settings.min_rank, settings.rank_multiple)} in every decomposed layer, {most:.1%} of the "
             f"{settings.target_kind} would be gone (head, batch norms and layers that are not "
             f"decomposed stay). Choose a target below {most:.3f}, or decompose more layers."
+        )
+    if rounds is not None and settings.target > in_rounds:
+        raise ValueError(
+            f"`target={settings.target}` is out of reach in `rounds={rounds}`, each of which may remove "
+            f"`max_layer_ratio={settings.max_layer_ratio}` of a layer: {in_rounds:.1%} of the {settings.target_kind} "
+            "could be gone. Use more rounds, a larger ratio or a smaller target."
         )
 
 
@@ -189,7 +212,7 @@ class IterativePruner(RoundPruner):
         super().__init__(model, settings, cost, {"basis": self.stage}, network=network, monitor=monitor)
         self._timed = cost
         limit_pairs(part, cost)
-        if cost.knows(settings.target_kind):
+        if self.original_known:
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
         self.rebased_for = 0  # the cut (counted from 1) that bases were last chosen for
@@ -275,8 +298,8 @@ class IterativePruner(RoundPruner):
         return BasisStage(network, settings, kind=settings.target_kind)
 
     def check_target(self) -> None:
-        """Refuse a target beyond `largest_removable_share`."""
-        refuse_unreachable(self.cost, self.settings)
+        """Refuse a target beyond `largest_removable_share` in the rounds there are."""
+        refuse_unreachable(self.cost, self.settings, rounds=self.settings.rounds)
 
     def set_cost(self, cost: ModelCost) -> None:
         """Replace the cost; measured times stay."""

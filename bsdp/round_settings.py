@@ -10,6 +10,8 @@ from bsdp._checks import check_above, check_at_least, check_choice, check_fracti
 from bsdp.cost import COST_KINDS
 from bsdp.schedules import SCHEDULES
 
+ANY_ROUNDS = 10_000  # stands for a number of rounds that is not known before the schedule is
+
 
 @dataclass(frozen=True)
 class RoundSettings:

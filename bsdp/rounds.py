@@ -93,7 +93,12 @@ class RoundPruner:
         return stage.apply(stage.plan(budget, self.cost), optimizers)
 
     def check_target(self) -> None:
-        """Refuse a target that no cut can reach."""
+        """Refuse a target that no cut can reach, or not in the rounds of the settings."""
+
+    @property
+    def original_known(self) -> bool:
+        """Whether the cost is that of the original network, so that targets can be checked."""
+        return self.cost.knows(self.settings.target_kind)
 
     def measured_cost(self) -> ModelCost:
         """Cost of the network as it is now; it changes when layers lose channels."""

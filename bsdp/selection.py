@@ -185,6 +185,30 @@ def least_rank(min_rank: int, multiple: int) -> int:
     return -(-min_rank // multiple) * multiple
 
 
+def reachable_rank(
+    layer: LayerCost, *, rounds: int, min_rank: int = 1, max_layer_ratio: float = 0.95, rank_multiple: int = 1
+) -> int:
+    """The least rank that a number of plans can leave of a layer that has its full rank.
+
+    Args:
+        layer: The layer.
+        rounds: Plans that follow each other.
+        min_rank: See `select`.
+        max_layer_ratio: See `select`.
+        rank_multiple: See `select`.
+    """
+    rank, rounds = layer.full_rank, rounds if layer.cuttable else 0
+    while rounds > 0 and (most := _stops(rank, min_rank, max_layer_ratio, rank_multiple)[-1]):
+        rank, rounds = rank - most, rounds - 1
+    return rank
+
+
+def _stops(rank: int, min_rank: int, max_layer_ratio: float, multiple: int) -> list[int]:
+    """Numbers of units that one plan can remove from a rank, ascending from 0."""
+    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
+    return [0, *(rank - kept for kept in range(rank - 1, floor - 1, -1) if kept % multiple == 0)]
+
+
 def _units(
     name: str, scores: Tensor, cost: LayerCost, min_rank: int, max_layer_ratio: float, multiple: int = 1
 ) -> _Units:
@@ -198,9 +222,7 @@ def _units(
         raise ValueError(f"`importance` of layer {name!r} must be finite and non-negative.")
     ordered = scores.view(cost.groups, -1).sort(dim=1, stable=True)
     rank = ordered.values.shape[1]
-    floor = max(min(min_rank, rank), math.ceil(rank * (1.0 - max_layer_ratio) - _ROUNDING), 1)
-    floor = floor if cost.cuttable else rank
-    stops = [0, *(rank - kept for kept in range(rank - 1, floor - 1, -1) if kept % multiple == 0)]
+    stops = _stops(rank, min_rank, max_layer_ratio, multiple) if cost.cuttable else [0]
     return _Units(name, cost, ordered.indices, ordered.values.sum(0).tolist(), stops)
 
 

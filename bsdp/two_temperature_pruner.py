@@ -14,7 +14,7 @@ from bsdp._checks import check_at_least, check_whole
 from bsdp.basis_stage import BasisStage
 from bsdp.cost import COST_KINDS, ModelCost
 from bsdp.importance import NoScoresError
-from bsdp.pruner import IterativePruner, PruningSettings
+from bsdp.pruner import IterativePruner, PruningSettings, refuse_unreachable
 from bsdp.rank_patterns import RankPattern
 from bsdp.selection import PruningPlan, select, select_ranks
 from bsdp.two_temperature import TwoTemperatureGates, check_temperatures
@@ -187,7 +187,7 @@ class TwoTemperaturePruner(IterativePruner):
     def check_target(self) -> None:
         """Refuse a target that is out of reach; a given structure is the target."""
         if self.pattern is None:
-            super().check_target()
+            refuse_unreachable(self.cost, self.settings)  # its one cut takes layers to any rank
 
     @property
     def first_search_epoch(self) -> int:

@@ -177,13 +177,15 @@ class RoundPruning(Callback, ABC):
                 ) from error
             self._build(pl_module, cost, network, shapes)
         pruner = self._pruner()
-        rounds = self.rounds
-        if self._loaded is None:
+        rounds, fresh = self.rounds, self._loaded is None
+        if fresh:
             pruner.begin(trainer.current_epoch)
-        elif rounds is None:  # epochs that are added to a run train its final structure
+        elif rounds is None and self._loaded is not None:  # epochs that are added train the final structure
             rounds = self._loaded["rounds"]
         self._loaded = None
         pruner.settings = self.schedule(trainer, rounds=rounds, first_epoch=pruner.first_epoch)
+        if fresh and pruner.original_known:
+            pruner.check_target()
         trainer.should_stop = trainer.should_stop or pruner.stopped
         self.check_optimizers(trainer)
         stage = self._basis_stage()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
 
+from bsdp.channel_pruner import ChannelStage
 from bsdp.layers import BasisPair
 
 _AVERAGES = (
@@ -94,3 +95,12 @@ def holds(optimizer: Optimizer, parameter: object) -> bool:
 def _ancestors(thing: object) -> set[str]:
     """Names of a thing's class and of all classes above it; by name, as some live in packages that are not there."""
     return {cls.__name__ for cls in type(thing).__mro__}
+
+
+def refuse_frozen_scales(stage: ChannelStage) -> None:
+    """Refuse batch-norm weights that do not train where they are the score of channels."""
+    if stage.settings.criterion == "bn_scale" and not any(w.requires_grad for w in stage.penalised()):
+        raise ValueError(
+            "`criterion: bn_scale` ranks channels by batch-norm weights, but all of them are frozen: let them "
+            "train (`batch_norm: affine` or `all` in `BasisDecomposition`), or choose another criterion."
+        )

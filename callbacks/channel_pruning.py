@@ -12,7 +12,7 @@ from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import example_of, measure_module_cost, only_network
 from bsdp.callbacks._round_pruning import RoundPruning
-from bsdp.callbacks._trainer_checks import is_beside
+from bsdp.callbacks._trainer_checks import is_beside, refuse_frozen_scales
 from bsdp.channel_graph import channel_groups
 from bsdp.channel_pruner import SCALED, ChannelPruner, ChannelPruningSettings
 from bsdp.channel_scales import add_scales
@@ -22,6 +22,7 @@ from bsdp.freezing import fixed_batch_norms, freeze
 from bsdp.layers import named_pairs
 from bsdp.optimizers import adopt_parameters
 from bsdp.probing import first_tensor
+from bsdp.round_settings import ANY_ROUNDS
 from bsdp.scale_hooks import scales_of
 
 Criterion = Literal[
@@ -152,7 +153,7 @@ class ChannelPruning(RoundPruning):
         settings = ChannelPruningSettings(
             target=target,
             target_kind=target_kind,
-            rounds=rounds or 1,
+            rounds=rounds or ANY_ROUNDS,
             schedule=schedule,
             warmup_epochs=warmup_epochs,
             epochs_per_round=epochs_per_round,
@@ -291,11 +292,7 @@ class ChannelPruning(RoundPruning):
         """Refuse batch-norm weights that do not train where they are the score."""
         pruner = self._pruner()
         assert isinstance(pruner, ChannelPruner)
-        if self.settings.criterion == "bn_scale" and not any(w.requires_grad for w in pruner.stage.penalised()):
-            raise ValueError(
-                "`criterion: bn_scale` ranks channels by batch-norm weights, but all of them are frozen: let them "
-                "train (`batch_norm: affine` or `all` in `BasisDecomposition`), or choose another criterion."
-            )
+        refuse_frozen_scales(pruner.stage)
 
 
 def _network_of(pl_module: LightningModule) -> torch.nn.Module:

@@ -15,12 +15,13 @@ from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
-from bsdp.callbacks._trainer_checks import check_scales
+from bsdp.callbacks._trainer_checks import check_scales, refuse_frozen_scales
 from bsdp.cost import ModelCost
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings
 from bsdp.importance import Importance
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating, first_tensor
+from bsdp.round_settings import ANY_ROUNDS
 
 
 class DoublePruning(RoundPruning):
@@ -130,7 +131,7 @@ class DoublePruning(RoundPruning):
         settings = DoublePruningSettings(
             target=target,
             target_kind=target_kind,
-            rounds=rounds or 1,
+            rounds=rounds or ANY_ROUNDS,
             schedule=schedule,
             warmup_epochs=warmup_epochs,
             epochs_per_round=epochs_per_round,
@@ -178,10 +179,12 @@ class DoublePruning(RoundPruning):
             )
 
     def check_optimizers(self, trainer: Trainer) -> None:
-        """Refuse scaling factors that do not train, and an automatic split without validation images."""
+        """Refuse scores that do not train, and an automatic split without validation images."""
         pruner = self._pruner()
+        assert isinstance(pruner, DoublePruner)
         if pruner.stages["basis"].needs_gradients:
             check_scales(trainer.optimizers, named_pairs(pruner.network))
+        refuse_frozen_scales(pruner.channel)
         if self.settings.split == "auto" and not trainer.enable_validation:
             raise ValueError(
                 "`split: auto` compares cuts on validation images, and there is no validation loader: give one, or "

@@ -17,6 +17,7 @@ from bsdp.importance import Importance
 from bsdp.latency import LatencyTable
 from bsdp.layers import named_pairs
 from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
+from bsdp.round_settings import ANY_ROUNDS
 from bsdp.selection import least_rank
 
 
@@ -152,7 +153,7 @@ class IterativeBasisPruning(RoundPruning):
         settings = PruningSettings(
             target=target,
             target_kind=target_kind,
-            rounds=rounds or 1,
+            rounds=rounds or ANY_ROUNDS,
             schedule=schedule,
             warmup_epochs=warmup_epochs,
             epochs_per_round=epochs_per_round,

@@ -176,8 +176,21 @@ def test_bn_scale_needs_batch_norm() -> None:
         make(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 3)), criterion="bn_scale")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.6, "rounds": 1, "max_group_ratio": 0.2}, r"in `rounds=1`, each of which .*`max_group_ratio=0.2`"),
+        ({"target": 0.9, "rounds": 9, "round_to": 8}, r"in every group that has scores, .* would be gone"),
+    ],
+)
+def test_a_target_that_the_bounds_forbid_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"`target={options['target']}` is out of reach.*{message}"):
+        make(criterion="l2", **options)
+
+
 def test_an_unreachable_round_says_what_stood_in_the_way() -> None:
-    model, pruner = make(target=0.6, rounds=1, max_group_ratio=0.2, criterion="l2")
+    model, pruner = make(target=0.6, rounds=9, max_group_ratio=0.2, criterion="l2")
+    pruner.scheduled = 8
     with pytest.warns(UserWarning, match="the last round did not reach the budget"):
         run(model, pruner, [0.9, 0.9])
 

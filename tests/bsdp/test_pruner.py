@@ -215,7 +215,8 @@ def test_cut_without_scores_is_skipped_with_a_warning() -> None:
 
 
 def test_warns_when_the_last_round_cannot_reach_the_budget() -> None:
-    _, pruner = make(rounds=1, max_layer_ratio=0.05, importance="magnitude")
+    _, pruner = make(rounds=30, max_layer_ratio=0.2, importance="magnitude")
+    pruner.scheduled = 29
     with pytest.warns(UserWarning, match="did not reach the budget"):
         pruner.cut(1)
 
@@ -223,6 +224,12 @@ def test_warns_when_the_last_round_cannot_reach_the_budget() -> None:
 def test_plain_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"call `bsdp\.decompose` first"):
         IterativePruner(ConvNet(), PruningSettings(), bsdp.ModelCost())
+
+
+def test_target_out_of_reach_in_the_rounds_there_are() -> None:
+    message = r"out of reach in `rounds=1`, each of which may remove `max_layer_ratio=0.05`"
+    with pytest.raises(ValueError, match=message):
+        make(rounds=1, max_layer_ratio=0.05)
 
 
 def test_target_out_of_reach() -> None:
