@@ -40,6 +40,18 @@ def remove_channels(
             _gather(module, key, index, optimizers)
         for key, value in change.attributes.items():
             setattr(module, key, value)
+    for name in {name.rpartition(".")[0] for name in changes}:
+        _follow_layers(model.get_submodule(name))
+
+
+def _follow_layers(sequence: nn.Module) -> None:
+    """Let the two layers that `fold` puts in the place of one say the sizes of their ends, as that one did."""
+    if not isinstance(sequence, nn.Sequential):
+        return
+    ends = {"in_channels": 0, "in_features": 0, "out_channels": -1, "out_features": -1}
+    for key in ends.keys() & vars(sequence).keys():
+        mark_widths(sequence)
+        setattr(sequence, key, getattr(sequence[ends[key]], key))
 
 
 def _gather(module: nn.Module, key: str, index: Tensor, optimizers: Iterable[Optimizer]) -> None:

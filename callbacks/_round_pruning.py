@@ -161,9 +161,10 @@ class RoundPruning(Callback, ABC):
         monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None, needed_by=self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fit the rounds into the epochs and check the optimizers, before the first step."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+        """Build the pruner if it is not yet there, fit the rounds into the epochs, check the optimizers.
+
+        A ``fast_dev_run`` has no epochs to fit them into, but what cannot be pruned is refused there, too.
+        """
         refuse_optimizers(trainer.optimizers)
         if self.pruner is None:
             network = only_network(pl_module)
@@ -176,6 +177,14 @@ class RoundPruning(Callback, ABC):
                     f"`{type(self).__name__}` needs the shape of the input, but {error}. {_ADVICE}"
                 ) from error
             self._build(pl_module, cost, network, shapes)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._begin(trainer)
+        self.check_optimizers(trainer)
+        stage = self._basis_stage()
+        if stage is not None and stage.scores.needs_curvature:
+            check_curvature(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer) -> None:
         pruner = self._pruner()
         rounds, fresh = self.rounds, self._loaded is None
         if fresh:
@@ -187,10 +196,6 @@ class RoundPruning(Callback, ABC):
         if fresh and pruner.original_known:
             pruner.check_target()
         trainer.should_stop = trainer.should_stop or pruner.stopped
-        self.check_optimizers(trainer)
-        stage = self._basis_stage()
-        if stage is not None and stage.scores.needs_curvature:
-            check_curvature(trainer, pl_module)
 
     # --- one epoch ----------------------------------------------------------------------------------------------
 

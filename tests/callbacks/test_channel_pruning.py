@@ -310,6 +310,38 @@ def test_refused_before_the_first_step(settings: dict[str, Any], message: str, t
         fit(module, tmp_path, **settings)
 
 
+@pytest.mark.parametrize("case", ["absent", "frozen", "target"])
+def test_a_fast_dev_run_finds_what_cannot_be_pruned(case: str, tmp_path: Path) -> None:
+    settings, message = REFUSED[case]
+    settings = dict(settings)
+    module = Untrainable(norm=settings.pop("norm", True))
+    with pytest.raises(ValueError, match=message):
+        fit(module, tmp_path, fast_dev_run=True, **settings)
+
+
+def test_factors_need_images_to_find_their_place(tmp_path: Path) -> None:
+    numbers = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8, dtype=torch.long), torch.zeros(4).long()), 2)
+    with pytest.raises(ValueError, match=r"no floating-point tensor .* set `example_input_array`"):
+        fit(
+            Untrainable(),
+            tmp_path,
+            call={"train_dataloaders": numbers, "val_dataloaders": numbers},
+            pruning={"criterion": "channel_scaling"},
+        )
+
+
+def test_a_folded_network(tmp_path: Path) -> None:
+    module = ResidualClassifier()
+    bsdp.decompose(module.network)
+    for pair in bsdp.named_pairs(module.network).values():
+        pair.keep(torch.arange(4))
+    module.network = bsdp.fold(module.network)  # type: ignore[assignment]
+    assert not bsdp.named_pairs(module.network)
+    _, callback, watch = fit(module, tmp_path)
+    check(module, callback, watch)
+    assert widths(module)[1] < 16
+
+
 @pytest.mark.parametrize("criterion", ["l1", "channel_scaling"])
 def test_a_model_that_cannot_be_traced_is_named(criterion: str, tmp_path: Path) -> None:
     task = TransferTask("bsdp:resnet20_pad", num_classes=4, weights="none")

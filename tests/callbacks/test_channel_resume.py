@@ -30,7 +30,10 @@ pytestmark = [
 
 RUNS: dict[str, dict[str, Any]] = {
     "taylor_2019": {"pruning": {"criterion": "taylor_2019"}},
+    "taylor_2016": {"pruning": {"criterion": "taylor_2016", "macs_penalty": 0.001}},
+    "activation_cumsum": {"pruning": {"criterion": "activation_cumsum", "theta": 0.4}},
     "channel_scaling": {"pruning": {"criterion": "channel_scaling", "l1": 0.01}},
+    "transtailor": {"pruning": {"criterion": "transtailor"}},
     "random": {"pruning": {"criterion": "random"}},
     "double": {"double": True, "pruning": {"probe_batches": 1}, "decomposition": {"batch_norm": "all"}},
 }

@@ -77,7 +77,26 @@ def test_refused_before_the_first_step(tmp_path: Path) -> None:
         fit(Untrainable(), tmp_path, double=True, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"found no decomposed layer: add `bsdp.callbacks.BasisDecomposition\(\)`"):
         make_trainer(tmp_path, [DoublePruning(tolerance=None)]).fit(Untrainable(), datamodule=Stripes())
+    with pytest.raises(ValueError, match=r"`criterion: bn_scale` .* all of them are frozen: let them train"):
+        fit(Untrainable(), tmp_path, double=True, pruning={"criterion": "bn_scale"})
     fit(ResidualClassifier(), tmp_path, double=True, pruning={"split": 0.5}, limit_val_batches=0)
+
+
+def test_the_largest_target_has_one_base_and_one_channel_everywhere(tmp_path: Path) -> None:
+    """Inputs, outputs and one channel each: 9 + 1 and batch norm 2, twice 9 + 2, and 4 x 4 + 4 of the head are left."""
+    left = (9 + 2) * 3 + 4 * 4 + 4
+    largest = 1 - left / sum(p.numel() for p in ResidualNet().parameters())
+    with pytest.raises(ValueError, match=rf"Choose a target below {largest:.3f}"):
+        fit(Untrainable(), tmp_path, double=True, pruning={"target": largest + 1e-4})
+
+
+def test_a_budget_of_multiply_adds(tmp_path: Path) -> None:
+    module = ResidualClassifier()
+    _, callback, watch = fit(module, tmp_path, double=True, pruning={"target_kind": "macs", "order": "alternate"})
+    check(module, callback, watch)
+    cost = bsdp.measure_cost(bsdp.fold(module.network), torch.randn(1, 1, 8, 8))
+    whole = bsdp.measure_cost(ResidualNet(), torch.randn(1, 1, 8, 8))
+    assert cost.original("macs") <= 0.5 * whole.original("macs")
 
 
 class Task(TransferTask):
