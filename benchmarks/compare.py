@@ -19,6 +19,9 @@ Further options change the task for all methods alike, a value each:
   --callbacks.CLASS.NAME                      of a callback, in the methods that have it:
                                               --callbacks.IterativeBasisPruning.target 0.5
 
+Epochs are those on the task's data. What a method does before its fit comes on top: `conditional_source` pretrains on
+source images, `cap` and the activation metric read training images once more. Minutes count all of it.
+
 Before the first run every method is tried on one batch. The folder --output gets
 
   results.json   a row for every run; those in it are not repeated, failed ones are tried again

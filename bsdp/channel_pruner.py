@@ -242,7 +242,10 @@ class ChannelStage:
         )
 
     def _penalise_macs(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``Theta - lambda * Theta_flops``, a layer's MACs being counted as its share of the most expensive one's."""
+        """``Theta - lambda * Theta_flops`` of Molchanov et al. 2016.
+
+        Ours: MACs are counted as a share of the dearest group's, so that a penalty means the same for all networks.
+        """
         reckoning = ChannelCost(self.network, self.groups, kind="macs", positions=self.positions)
         macs = {name: reckoning.saved(name) for name in scores}
         most = max(macs.values(), default=1.0) or 1.0

@@ -4,8 +4,12 @@ Wong et al. (ISBI 2021, arXiv 2103.12228), PUBLISHED: a scaling layer follows ea
 activation and multiplies channel-wise; its weights train with an L1 penalty; channels below a threshold are removed;
 the scaling layers are then taken out. RECONSTRUCTED: factors start at 1, the penalty is on them alone, the threshold is
 on their absolute value, and they fold into the input channels of the next layers, which is exact because nothing stands
-between a factor and its readers. TransTailor (arXiv 2103.01542) trains the same factors without a penalty and ranks
-them by ``abs(alpha * dL/dalpha)``.
+between a factor and its readers.
+
+TransTailor (arXiv 2103.01542), PUBLISHED: channels are removed by their importance for the target task. From CODE of
+third parties: one factor per channel trains on frozen weights, ranked by ``abs(alpha * dL/dalpha)``, the lowest few percent
+of all are removed at a time, then all weights train with gradients weighted by importance. OURS: factors start at 1 (one
+of those programs starts at random), a schedule of rounds says how many go, and weights stay frozen.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class ChannelPruning(RoundPruning):
                           with ``ranking: priority`` the layer with the most redundant cumulative sum is cut first.
     ``channel_scaling``   Wong et al., arXiv 2103.12228 (reconstructed in part): a factor per channel trains on frozen
                           weights with an L1 penalty (`l1`); those below `threshold` go.
-    ``transtailor``       arXiv 2103.01542: the same factors without penalty, ranked by ``abs(alpha * dL/dalpha)``.
+    ``transtailor``       arXiv 2103.01542 (by third parties' programs): the same factors without penalty, ranked by
+                          ``abs(alpha * dL/dalpha)``. The fine-tuning of all weights that follows there is left out.
     ``bn_scale``          Network slimming, arXiv 1708.06519: batch-norm weights with an L1 penalty (`l1`).
     ``l1``, ``l2``        Norm of the filters (arXiv 1608.08710), data-free.
     ``fpgm``              Distance of the filters to all others (arXiv 1811.00250), data-free.
