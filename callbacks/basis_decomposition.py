@@ -170,7 +170,7 @@ class BasisDecomposition(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since; follow a cut."""
-        if batch_idx == 0:
+        if batch_idx <= 1:  # a budget of MACs may measure them on the first batch, and cut only then
             self._condition(trainer, named_pairs(pl_module))
         for module in self._fixed_batch_norms:
             if module.training:

@@ -306,6 +306,28 @@ class TestRefusals:
             trainer.fit(Converting(), datamodule=Whole())
 
 
+def test_weights_of_a_pair_that_the_first_batch_cuts_train_in_that_epoch(tmp_path: Path) -> None:
+    class Tuned(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module, frozen = Tuned(), set[str]()
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 2:
+                frozen.update(name for name, p in pl_module.named_parameters() if not p.requires_grad)
+
+    pruning = IterativeBasisPruning(
+        target=0.5, target_kind="macs", importance="magnitude", warmup_epochs=0, rounds=1, tolerance=None
+    )
+    decomposition = BasisDecomposition(metric="activation", train="weights")
+    trainer = make_trainer(tmp_path, [decomposition, pruning, Look()], max_epochs=1)
+    trainer.fit(module, datamodule=Stripes(batch_size=16))
+    cut = [n for n, pair in bsdp.named_pairs(module).items() if pair.rank < pair.full_rank]
+    assert cut and not {name for name in frozen if name.startswith(tuple(cut))}
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_all_weights_train_and_their_momentum_follows_the_cuts(tmp_path: Path, optimizer: Any) -> None:
     class Tuned(Classifier):
