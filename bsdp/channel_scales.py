@@ -7,9 +7,9 @@ on their absolute value, and they fold into the input channels of the next layer
 between a factor and its readers.
 
 TransTailor (arXiv 2103.01542), PUBLISHED: channels are removed by their importance for the target task. From CODE of
-third parties: one factor per channel trains on frozen weights, ranked by ``abs(alpha * dL/dalpha)``, the lowest few percent
-of all are removed at a time, then all weights train with gradients weighted by importance. OURS: factors start at 1 (one
-of those programs starts at random), a schedule of rounds says how many go, and weights stay frozen.
+third parties: one factor per channel trains on frozen weights, ranked by ``abs(alpha * dL/dalpha)``, the lowest few
+percent of all are removed at a time, then all weights train with gradients weighted by importance. OURS: factors start
+at 1 (one of those programs starts at random), a schedule of rounds says how many go, and weights stay frozen.
 """
 
 from __future__ import annotations

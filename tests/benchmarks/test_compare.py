@@ -119,7 +119,7 @@ def test_finetuning_is_always_there_once_and_first() -> None:
         (["--methods", "no/such.yaml"], "`--methods`: there is no file 'no/such.yaml'"),
         (["--methods", "basis,basis"], "'basis' is there twice"),
         (["--methods", "basis", "--epochs", "8"], "'basis' cannot run in the 8 epochs .* needs 9 .*--epochs"),
-        (["--methods", "two_temperature", "--epochs", "14"], r"'two_temperature' .* needs 15 \(6 \+ 8 of search \+ 1\)"),
+        (["--methods", "two_temperature", "--epochs", "14"], r"needs 15 \(6 \+ 8 of search \+ 1\)"),
         (["--methods", "diff_pruning", "--epochs", "6"], r"'diff_pruning' .* needs 7 \(6 with gates, 1 without\)"),
         (["--callbacks.IterativeBasisPruning.epochs_per_round", "2", "--epochs", "12"], r"needs 15 \(3 \+ 6 x 2\)"),
         (["--methods", "finetune+basis", "--epochs", "1"], "too few for the 2 stages"),
