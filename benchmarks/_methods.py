@@ -234,26 +234,26 @@ def check_rounds(method: str, config: Config) -> None:
     """Refuse, before anything runs, a schedule that the equal number of epochs has no room for."""
     epochs = config["trainer"]["max_epochs"]
     for callback in _callbacks(config):
-        needed, parts, way_out = _epochs_needed(callback["init_args"])
+        needed, parts, setting = _epochs_needed(callback["init_args"])
         if needed > epochs:
             kind = _kind(callback)
             raise ValueError(
                 f"`--methods`: {method!r} cannot run in the {epochs} epochs that it has here: its {kind} needs "
-                f"{needed} ({parts}). Raise `--epochs`, or set for example `--callbacks.{kind}.{way_out}`."
+                f"{needed} ({parts}). Raise `--epochs`, or change `--callbacks.{kind}.{setting}`."
             )
 
 
 def _epochs_needed(args: Config) -> tuple[int, str, str]:
-    """How many epochs a pruning callback takes at least, the parts of that, and the setting that asks for fewer."""
+    """How many epochs a pruning callback takes at least, the parts of that, and a setting that it depends on."""
     if isinstance(gates := args.get("gate_epochs"), int):
-        return gates + 1, f"{gates} with gates, 1 without", "gate_epochs 3"
+        return gates + 1, f"{gates} with gates, 1 without", "gate_epochs"
     warmup, search = args.get("warmup_epochs"), args.get("search_epochs")
     if isinstance(warmup, int) and isinstance(search, int):
         search = 0 if args.get("structure") else search
-        return warmup + search + 1, f"{warmup} + {search} of search + 1", "search_epochs 3"
+        return warmup + search + 1, f"{warmup} + {search} of search + 1", "search_epochs"
     rounds, each = args.get("rounds"), args.get("epochs_per_round")
     if isinstance(warmup, int) and isinstance(rounds, int) and isinstance(each, int):
-        return warmup + rounds * each, f"{warmup} + {rounds} x {each}", "rounds null"
+        return warmup + rounds * each, f"{warmup} + {rounds} x {each}", "rounds"
     return 0, "", ""
 
 

@@ -30,7 +30,7 @@ from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
-from bsdp.round_settings import RoundSettings
+from bsdp.round_settings import RoundSettings, out_of_rounds
 from bsdp.rounds import RoundPruner
 from bsdp.scale_hooks import scales_of
 from bsdp.sparsifiers import add_l1_gradient
@@ -334,8 +334,11 @@ class ChannelPruner(RoundPruner):
         self.record.rounds.append(self._round_record(0, 0))
 
     def check_target(self) -> None:
-        """Refuse a target beyond what is gone when every group has its least number of channels."""
-        most, in_rounds = self.largest_share(), self.largest_share(rounds=self.settings.rounds)
+        """Refuse a target beyond what is gone when every group has its least number of channels.
+
+        A smaller one may still be missed: a round stops at its own budget, and the ratio then bounds the last one.
+        """
+        most, in_rounds = self.largest_share(), self.largest_share(rounds=self.settings.known_rounds)
         if self.settings.target > most:
             raise ValueError(
                 f"`target={self.settings.target}` is out of reach: with {self.settings.min_channels} channel(s) left "
@@ -343,7 +346,7 @@ class ChannelPruner(RoundPruner):
                 f"channels of inputs and outputs stay). Choose a target below {most:.3f}, or prune bases, too."
             )
         if self.settings.target > in_rounds:
-            raise ValueError(out_of_rounds(self.settings, in_rounds))
+            raise ValueError(out_of_rounds(self.settings, in_rounds, channels_in_a_round(self.settings)))
 
     @property
     def original_known(self) -> bool:
@@ -390,10 +393,8 @@ def smallest_cost(
             reckoning.remove(name, group.size - least)
     if ranks is None:
         return float(reckoning.total)
-    inside, present = (
-        reckoning.with_ranks(ranks),
-        {name: pair.rank for name, pair in named_pairs(stage.network).items()},
-    )
+    inside = reckoning.with_ranks(ranks)
+    present = {name: pair.rank for name, pair in named_pairs(stage.network).items()}
     others = [name for name in cost.layers if name not in reckoning.layers]  # of no group: their channels stay
     options: dict[str, Any] = {"kind": stage.kind, "new_bias": cost.new_bias}
     layers = cost.layers
@@ -402,13 +403,9 @@ def smallest_cost(
     )
 
 
-def out_of_rounds(settings: Any, share: float) -> str:
-    """What to say of a target that the rounds do not reach."""
-    return (
-        f"`target={settings.target}` is out of reach in `rounds={settings.rounds}`, each of which may remove "
-        f"`max_group_ratio={settings.max_group_ratio}` of a group of channels (`round_to={settings.round_to}`): "
-        f"{share:.1%} of the {settings.target_kind} could be gone. Use more rounds, a larger ratio or a smaller target."
-    )
+def channels_in_a_round(settings: Any) -> str:
+    """What one round may remove, in words."""
+    return f"`max_group_ratio={settings.max_group_ratio}` of a group of channels (`round_to={settings.round_to}`)"
 
 
 def describe_channels(record: RoundRecord, stage: ChannelStage) -> RoundRecord:

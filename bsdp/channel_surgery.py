@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from bsdp.channel_graph import ModuleChange
 from bsdp.factorize import factorize, to_float64
-from bsdp.layers import BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
+from bsdp.layers import SUPPORTED_TYPES, BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
 from bsdp.widths import mark_widths
 
 
@@ -45,8 +45,11 @@ def remove_channels(
 
 
 def _follow_layers(sequence: nn.Module) -> None:
-    """Let the two layers that `fold` puts in the place of one say the sizes of their ends, as that one did."""
-    if not isinstance(sequence, nn.Sequential):
+    """Let the two layers that `fold` puts in the place of one say the sizes of their ends, as that one did.
+
+    Others that say sizes, such as torchvision's convolution with norm and activation, are of classes of their own.
+    """
+    if type(sequence) is not nn.Sequential or not all(isinstance(layer, SUPPORTED_TYPES) for layer in sequence):
         return
     ends = {"in_channels": 0, "in_features": 0, "out_channels": -1, "out_features": -1}
     for key in ends.keys() & vars(sequence).keys():

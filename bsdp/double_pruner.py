@@ -24,8 +24,8 @@ from bsdp.channel_pruner import (
     SCALED,
     ChannelPruningSettings,
     ChannelStage,
+    channels_in_a_round,
     describe_channels,
-    out_of_rounds,
     smallest_cost,
 )
 from bsdp.cost import ModelCost
@@ -34,6 +34,7 @@ from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.pruner import reachable_ranks
 from bsdp.record import RoundRecord
+from bsdp.round_settings import out_of_rounds
 from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS
@@ -191,29 +192,36 @@ class DoublePruner(RoundPruner):
         self.record.rounds.append(self._round_record(0, 0))
 
     def check_target(self) -> None:
-        """Refuse a target beyond what is gone at the least ranks and channels that the rounds can reach."""
+        """Refuse a target beyond what is gone at the least ranks and the least channels that the rounds can reach.
+
+        A smaller one may still be missed: a round stops at its own budget, and the ratios then bound the last one.
+        """
         settings = self.settings
-        most, in_rounds = self.largest_share(), self.largest_share(rounds=settings.rounds)
+        most, in_rounds = self.largest_share(), self.largest_share(rounds=settings.known_rounds)
         if settings.target > most:
             raise ValueError(
                 f"`target={settings.target}` is out of reach: with the least ranks and channels everywhere, "
                 f"{most:.1%} of the {settings.target_kind} would be gone. Choose a target below {most:.3f}."
             )
         if settings.target > in_rounds:
-            raise ValueError(out_of_rounds(settings, in_rounds))
+            raise ValueError(out_of_rounds(settings, in_rounds, channels_in_a_round(settings)))
         if settings.split == "auto":
             return
         share = float(settings.split)
         parts = {"basis": share * settings.target, "channel": (1.0 - share) * settings.target}
         # Channels go on where bases cannot reach their share in time, so that only their rounds are a bound.
-        shares = self.largest_shares() | {"channel": self.largest_shares(rounds=settings.rounds)["channel"]}
+        words = {"basis": f"with `min_rank={settings.min_rank}`", "channel": ""}
+        shares = self.largest_shares()
+        if settings.known_rounds is not None:
+            shares["channel"] = self.largest_shares(rounds=settings.rounds)["channel"]
+            words["channel"] = f"in `rounds={settings.rounds}` of {channels_in_a_round(settings)}"
         for name, largest in shares.items():
             if parts[name] > largest:
                 raise ValueError(
                     f"`split={settings.split}` of `target={settings.target}` cannot be met: "
-                    f"{parts[name]:.1%} of the {settings.target_kind} would have to go by cuts of {name}, which "
-                    f"can remove {largest:.1%} at most in `rounds={settings.rounds}`. Use `split='auto'`, another "
-                    "share, more rounds, or a smaller target."
+                    f"{parts[name]:.1%} of the {settings.target_kind} would have to go by cuts of {name}, which can "
+                    f"remove {largest:.1%} at most {words[name]}".rstrip()
+                    + ". Use `split='auto'`, another share or a smaller target."
                 )
 
     @property
@@ -222,16 +230,21 @@ class DoublePruner(RoundPruner):
         return not widths_of(self.network)
 
     def largest_share(self, *, rounds: int | None = None) -> float:
-        """What bases and channels together could remove at the very most, in any number of rounds or so many."""
-        ranks = reachable_ranks(self.cost, self.settings, rounds=rounds)
+        """What bases and channels together could remove at the very most.
+
+        Args:
+            rounds: Cuts in which channels get to their least; None for any number. Ranks are the least ones in either
+                case, for they fall with the channels, too.
+        """
+        ranks = reachable_ranks(self.cost, self.settings, self.ranks)
         left = smallest_cost(self.channel, self.cost, rounds=rounds, ranks=ranks)
         return 1.0 - left / self.cost.original(self.settings.target_kind)
 
     def largest_shares(self, *, rounds: int | None = None) -> dict[str, float]:
-        """What each kind could remove alone."""
+        """What each kind could remove alone; `rounds` bounds channels, as in `largest_share`."""
         kind = self.settings.target_kind
         least = {
-            "basis": self.cost.deployed(reachable_ranks(self.cost, self.settings, rounds=rounds), kind),
+            "basis": self.cost.deployed(reachable_ranks(self.cost, self.settings, self.ranks), kind),
             "channel": smallest_cost(self.channel, self.cost, rounds=rounds),
         }
         return {name: 1.0 - cost / self.cost.original(kind) for name, cost in least.items()}

@@ -21,7 +21,7 @@ from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, ScoreAccumulator
 from bsdp.layers import named_pairs
 from bsdp.moments import LayerMoment
 from bsdp.probing import as_inputs
-from bsdp.round_settings import RoundSettings
+from bsdp.round_settings import RoundSettings, out_of_rounds
 from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS, least_rank, reachable_rank
@@ -126,32 +126,47 @@ class PruningSettings(RoundSettings):
         return self.importance not in DATA_FREE
 
 
-def largest_removable_share(cost: ModelCost, settings: Any, *, rounds: int | None = None) -> float:
-    """What would be gone with the least rank in every layer: the ceiling of any target.
+def largest_removable_share(
+    cost: ModelCost, settings: Any, ranks: Mapping[str, int] | None = None, *, rounds: int | None = None
+) -> float:
+    """What would be gone with the least rank in every layer: no target beyond it can be met.
+
+    Below it a target may still be missed: a round stops at its own budget, and the ratio then bounds the last one.
 
     Args:
-        cost: The network at full rank.
+        cost: The network's cost.
         settings: With the fields of `PruningSettings` that bound ranks.
+        ranks: Ranks now; None for full ones.
         rounds: Cuts in which to get there, each bounded by ``max_layer_ratio``; None for no such bound.
     """
     kind = settings.target_kind
-    return 1.0 - cost.deployed(reachable_ranks(cost, settings, rounds=rounds), kind) / cost.original(kind)
+    return 1.0 - cost.deployed(reachable_ranks(cost, settings, ranks, rounds=rounds), kind) / cost.original(kind)
 
 
-def reachable_ranks(cost: ModelCost, settings: Any, *, rounds: int | None = None) -> dict[str, int]:
-    """The least rank of every layer after so many cuts, see `largest_removable_share`."""
-    multiple = getattr(settings, "rank_multiple", 1)
-    if rounds is None:
-        least = least_rank(settings.min_rank, multiple)
-        return {name: layer.smallest_rank(least) for name, layer in cost.layers.items()}
-    limits: dict[str, Any] = {"min_rank": settings.min_rank, "max_layer_ratio": settings.max_layer_ratio}
-    limits |= {"rank_multiple": multiple, "rounds": rounds}
-    return {name: reachable_rank(layer, **limits) for name, layer in cost.layers.items()}
+def reachable_ranks(
+    cost: ModelCost, settings: Any, ranks: Mapping[str, int] | None = None, *, rounds: int | None = None
+) -> dict[str, int]:
+    """The rank of every layer at which it costs least after so many cuts, see `largest_removable_share`."""
+    limits: dict[str, Any] = {"min_rank": settings.min_rank, "rank_multiple": settings.rank_multiple}
+    limits |= {"rounds": rounds, "max_layer_ratio": settings.max_layer_ratio}
+    found = {}
+    for name, layer in cost.layers.items():
+        now = layer.full_rank if ranks is None else ranks[name]
+        if rounds is None:
+            least = min(now, layer.smallest_rank(least_rank(settings.min_rank, settings.rank_multiple)))
+        else:
+            least = reachable_rank(now, **limits) if layer.cuttable else now
+        # Where cutting does not pay, a layer that stays whole is cheaper than one that got a bias.
+        options: dict[str, Any] = {"kind": settings.target_kind, "new_bias": cost.new_bias}
+        found[name] = min(least, now, key=lambda rank, layer=layer: float(layer.deployed(rank, **options)))  # type: ignore[misc]
+    return found
 
 
-def refuse_unreachable(cost: ModelCost, settings: PruningSettings, *, rounds: int | None = None) -> None:
+def refuse_unreachable(
+    cost: ModelCost, settings: PruningSettings, ranks: Mapping[str, int] | None = None, *, rounds: int | None = None
+) -> None:
     """Refuse a target beyond `largest_removable_share`."""
-    most, in_rounds = (largest_removable_share(cost, settings, rounds=n) for n in (None, rounds))
+    most, in_rounds = (largest_removable_share(cost, settings, ranks, rounds=n) for n in (None, rounds))
     if settings.target > most:
         raise ValueError(
             f"`target={settings.target}` is out of reach: with rank "
@@ -160,11 +175,8 @@ def refuse_unreachable(cost: ModelCost, settings: PruningSettings, *, rounds: in
             f"decomposed stay). Choose a target below {most:.3f}, or decompose more layers."
         )
     if rounds is not None and settings.target > in_rounds:
-        raise ValueError(
-            f"`target={settings.target}` is out of reach in `rounds={rounds}`, each of which may remove "
-            f"`max_layer_ratio={settings.max_layer_ratio}` of a layer: {in_rounds:.1%} of the {settings.target_kind} "
-            "could be gone. Use more rounds, a larger ratio or a smaller target."
-        )
+        bound = f"`max_layer_ratio={settings.max_layer_ratio}` of a layer"
+        raise ValueError(out_of_rounds(settings, in_rounds, bound))
 
 
 class IterativePruner(RoundPruner):
@@ -299,7 +311,7 @@ class IterativePruner(RoundPruner):
 
     def check_target(self) -> None:
         """Refuse a target beyond `largest_removable_share` in the rounds there are."""
-        refuse_unreachable(self.cost, self.settings, rounds=self.settings.rounds)
+        refuse_unreachable(self.cost, self.settings, self.ranks, rounds=self.settings.known_rounds)
 
     def set_cost(self, cost: ModelCost) -> None:
         """Replace the cost; measured times stay."""

@@ -78,9 +78,29 @@ class RoundSettings:
         return True
 
     @property
+    def known_rounds(self) -> int | None:
+        """Number of cuts; None as long as the schedule does not say it."""
+        return None if self.rounds == ANY_ROUNDS else self.rounds
+
+    @property
     def epochs(self) -> int:
         """Epochs the schedule takes in all."""
         return self.warmup_epochs + self.rounds * self.epochs_per_round
+
+
+def out_of_rounds(settings: RoundSettings, share: float, bound: str) -> str:
+    """What to say of a target that the rounds do not reach.
+
+    Args:
+        settings: Those of the pruner.
+        share: What could be gone.
+        bound: What one round may remove, in words.
+    """
+    return (
+        f"`target={settings.target}` is out of reach in `rounds={settings.rounds}`, each of which may remove {bound}: "
+        f"{share:.1%} of the {settings.target_kind} could be gone. Use more rounds (and epochs), a larger ratio or a "
+        "smaller target."
+    )
 
 
 def default_rounds(*, epochs: int, warmup_epochs: int, epochs_per_round: int) -> int:

@@ -186,18 +186,17 @@ def least_rank(min_rank: int, multiple: int) -> int:
 
 
 def reachable_rank(
-    layer: LayerCost, *, rounds: int, min_rank: int = 1, max_layer_ratio: float = 0.95, rank_multiple: int = 1
+    rank: int, *, rounds: int, min_rank: int = 1, max_layer_ratio: float = 0.95, rank_multiple: int = 1
 ) -> int:
-    """The least rank that a number of plans can leave of a layer that has its full rank.
+    """The least rank that a number of plans can leave of a layer.
 
     Args:
-        layer: The layer.
+        rank: Its rank now.
         rounds: Plans that follow each other.
         min_rank: See `select`.
         max_layer_ratio: See `select`.
         rank_multiple: See `select`.
     """
-    rank, rounds = layer.full_rank, rounds if layer.cuttable else 0
     while rounds > 0 and (most := _stops(rank, min_rank, max_layer_ratio, rank_multiple)[-1]):
         rank, rounds = rank - most, rounds - 1
     return rank

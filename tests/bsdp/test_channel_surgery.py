@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchvision.models import mobilenet_v2
 
 import bsdp
 from bsdp.calibration import collect_output_moments
@@ -209,3 +210,17 @@ def test_several_cuts_in_a_row() -> None:
         remove = random_units(groups, seed=seed, share=0.3)
         expected = ignoring(net, groups, remove)(batch)
         torch.testing.assert_close(cut(net, batch[:1], remove)(batch), expected, rtol=0, atol=1e-12)
+
+
+def test_sequences_that_say_sizes_of_their_own_are_left_alone() -> None:
+    """torchvision's convolution, norm and activation is a sequence with `out_channels` and an activation at its end."""
+    model = mobilenet_v2(num_classes=4, width_mult=0.25).eval()
+    images = torch.randn(2, 3, 32, 32)
+    groups = channel_groups(model, (images,))
+    block = model.features[0]
+    assert isinstance(block, nn.Sequential) and block.out_channels == 8
+    name = next(n for n, group in groups.items() if any(m.layer == "features.0.0" for m in group.members))
+    remove = {n: torch.arange(2 if n == name else 0) for n in groups}
+    remove_channels(model, plan_removal(model, (images,), groups, remove))
+    assert model.features[0][0].out_channels == 6
+    assert model(images).shape == (2, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 import bsdp
-from bsdp.double_pruner import DoublePruner, DoublePruningSettings, output_change
+from bsdp.double_pruner import ORDERS, DoublePruner, DoublePruningSettings, output_change
 from bsdp.layers import weight_of
 from bsdp.widths import widths_of
 from tests.helpers.channel_runs import ResidualNet
@@ -277,6 +278,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "factors": ({"criterion": "transtailor"}, "trains factors of its own"),
     "channels": ({"target_kind": "channels"}, "`target_kind` must be one of"),
     "target": ({"target": 0.99, "min_channels": 8}, "`target=0.99` is out of reach: with the least ranks and channels"),
+    "rank": ({"target": 0.7, "split": 1.0, "min_rank": 8}, r"by cuts of basis, .* at most with `min_rank=8`\. Use"),
     "share": ({"target": 0.8, "split": 0.0, "min_channels": 8}, r"`split=0.0` of `target=0.8` cannot be met"),
 }
 
@@ -285,6 +287,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_target_that_can_be_reached_is_refused(kind: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut of channels lowers the ranks, too, so that few rounds go further than rank by rank."""
+    bounds = {"rounds": 2, "max_layer_ratio": 0.3, "max_group_ratio": 0.9, "min_channels": 4, "mean_to_bias": False}
+    free = {"criterion": "l2", "importance": "magnitude", "warmup_epochs": 0, "schedule": "cubic"}
+    with monkeypatch.context() as patch:
+        patch.setattr(DoublePruner, "check_target", lambda _: None)
+        _, pruner = make(target=0.9, target_kind=kind, order=order, **bounds, **free)
+    limit = pruner.largest_share(rounds=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the last round did not reach the budget
+        for epoch in range(2):
+            pruner.cut(epoch)
+    share = pruner.record.kept(pruner.record.rounds[-1], kind)
+    assert 1 - share <= limit + 1e-9
 
 
 def test_what_is_missing_is_named() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 import bsdp
-from bsdp.pruner import IterativePruner, PruningSettings
+from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
 from bsdp.round_settings import default_rounds
 from tests.helpers.nets import ConvNet
 
@@ -238,6 +240,54 @@ def test_target_out_of_reach() -> None:
     with pytest.raises(ValueError, match=r"of the macs would be gone .* below 0.827"):
         make(target=0.9, target_kind="macs")
     make(target=0.82, target_kind="macs")
+
+
+class Bare(nn.Module):
+    """Convolutions without biases, one of them in groups; input ``[batch, 1, 8, 8]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"padding": 1, "bias": False}
+        self.first, self.second = nn.Conv2d(1, 12, 3, **options), nn.Conv2d(12, 16, 3, **options)
+        self.third, self.head = nn.Conv2d(16, 16, 3, groups=4, **options), nn.Linear(16, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.third(self.second(self.first(images).relu()).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("cut_before", [False, True])
+def test_no_target_that_can_be_reached_is_refused(cut_before: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    options: dict[str, Any] = {
+        "target_kind": draw.choice(["params", "macs", "bases"]),
+        "rounds": draw.choice([1, 2, 3]),
+        "max_layer_ratio": draw.choice([0.3, 0.5, 0.8]),
+        "min_rank": draw.choice([1, 2, 3]),
+        "rank_multiple": draw.choice([1, 2, 4]),
+        "ranking": draw.choice(["importance", "per_cost", "hull"]),
+        **{"schedule": "constant", "importance": "magnitude", "tolerance": None, "warmup_epochs": 0},
+    }
+    model = Bare()
+    bsdp.decompose(model, exclude=["head"])
+    for pair in bsdp.named_pairs(model).values():
+        if cut_before and pair.groups == 1:
+            pair.keep(torch.arange(max(1, pair.rank // 3)))
+    cost = bsdp.measure_cost(model, torch.zeros(1, 1, 8, 8))
+    ranks = {name: pair.rank for name, pair in bsdp.named_pairs(model).items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(IterativePruner, "check_target", lambda _: None)
+        pruner = IterativePruner(model, PruningSettings(target=0.98, **options), cost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the last round did not reach the budget
+        for epoch in range(pruner.settings.rounds):
+            pruner.cut(epoch)
+    share = pruner.record.kept(pruner.record.rounds[-1], options["target_kind"])
+    assert share is not None
+    for rounds in (None, options["rounds"]):
+        limit = largest_removable_share(cost, pruner.settings, ranks, rounds=rounds)
+        assert 1 - share <= limit + 1e-9
+    assert 1 - share == pytest.approx(limit, abs=0.15)  # and it is no empty bound
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(10, 4), (11, 4), (2, 0), (1, 0)])
