@@ -23,6 +23,7 @@ from bsdp.channel_selection import (
     ChannelCost,
     ChannelPlan,
     least_units,
+    makers_of,
     select_channels,
 )
 from bsdp.channel_surgery import remove_channels
@@ -141,6 +142,7 @@ class ChannelStage:
         self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
+        self.makers = makers_of(self.groups)  # those of the original, so that counts of channels compare
         norms = {m.layer for group in self.groups.values() for m in group.members if m.batch_norm}
         layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
         self.positions = measure_positions(network, layers, self.example)
@@ -219,7 +221,9 @@ class ChannelStage:
         ranks = {name: pair.rank for name, pair in named_pairs(self.network).items()}
         total = 0 if self.kind == "channels" else cost.deployed(ranks, self.kind)
         options: dict[str, Any] = {"kind": self.kind, "new_bias": self.new_bias}
-        return ChannelCost(self.network, self.groups, total=total, positions=self.positions, **options)
+        return ChannelCost(
+            self.network, self.groups, total=total, positions=self.positions, makers=self.makers, **options
+        )
 
     def plan(self, budget: float, cost: ModelCost) -> ChannelPlan:
         """Plan the removal of the weakest channels."""
@@ -268,9 +272,8 @@ class ChannelStage:
         return plan.reached
 
     def channels(self) -> dict[str, int]:
-        """Output channels of the layers that make the channels of a group."""
-        makers = [member.layer for group in self.groups.values() for member in group.sides("out")]
-        sizes = {name: self.network.get_submodule(name) for name in makers}
+        """Output channels of the layers that made the channels of a group before the first cut."""
+        sizes = {name: self.network.get_submodule(name) for name in self.makers}
         return {name: int(getattr(m, "out_channels", getattr(m, "out_features", 0))) for name, m in sizes.items()}
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -282,12 +285,13 @@ class ChannelStage:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint."""
-        return {"scores": self.scores.state_dict(), "means": self.means.state_dict()}
+        return {"scores": self.scores.state_dict(), "means": self.means.state_dict(), "makers": self.makers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.scores.load_state_dict(state["scores"])
         self.means.load_state_dict(state["means"])
+        self.makers = list(state.get("makers", self.makers))  # older files have none
 
 
 def _kept(groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ follows the widths of all layers; a pair costs the cheaper of its two forms at i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,11 @@ class _Layer:
         return self.cost.groups == self.inputs == self.outputs and self.cost.groups > 1
 
 
+def makers_of(groups: Mapping[str, ChannelGroup]) -> list[str]:
+    """The layers that make the channels of groups."""
+    return [member.layer for group in groups.values() for member in group.sides("out")]
+
+
 class ChannelCost:
     """What a network costs as a function of the units removed from its groups.
 
@@ -63,6 +68,8 @@ class ChannelCost:
         positions: Positions of the layers per example, for ``"macs"`` (see `measure_positions`). Batch norms count
             if they are among them.
         new_bias: Whether a pair below full rank has a bias that the original lacked.
+        makers: For ``"channels"``: layers whose outputs count wherever they are members; None for those that make a
+            group now. A grouped convolution that is down to one channel per group makes none any more.
     """
 
     def __init__(
@@ -74,8 +81,10 @@ class ChannelCost:
         kind: str = "params",
         positions: Mapping[str, Positions] | None = None,
         new_bias: bool = True,
+        makers: Collection[str] | None = None,
     ) -> None:
         check_choice("kind", kind, CHANNEL_KINDS)
+        self.makers = makers_of(groups) if makers is None else makers
         self.kind, self.new_bias = kind, new_bias
         self.groups = dict(groups)
         self.layers: dict[str, _Layer] = {}
@@ -99,10 +108,10 @@ class ChannelCost:
             after - before for _, _, before, after in self._step(group, units)
         )
 
-    @staticmethod
-    def _made(group: ChannelGroup) -> int:
+    def _made(self, group: ChannelGroup) -> int:
         """Output channels per unit, of all layers that make the group."""
-        return sum(member.index.shape[1] for member in group.sides("out"))
+        made = [*group.sides("out"), *group.sides("both")]
+        return sum(member.index.shape[1] for member in made if member.layer in self.makers)
 
     def remove(self, group: str, units: int = 1) -> None:
         """Note that units were removed."""

@@ -290,3 +290,23 @@ def test_a_network_inside_of_a_model_and_another_precision() -> None:
     pruner.restore()
     assert set(widths_of(model)) == {"network.conv1", "network.bn1", "network.conv2", "network.bn2", "network.head"}
     assert model["network"](EXAMPLE.double()).dtype == torch.float64
+
+
+def test_channels_of_a_grouped_layer_count_when_there_is_one_per_group() -> None:
+    """It passes channels on one by one then, and its group is that of the layer before it."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    options = {"criterion": "l2", "target_kind": "channels", "tolerance": None, "warmup_epochs": 0, "rounds": 2}
+    settings = ChannelPruningSettings(target=0.5, schedule="constant", channel_ranking="local", **options)
+    pruner = ChannelPruner(model, settings, torch.zeros(1, 1, 8, 8))
+    for epoch in range(2):
+        pruner.cut(epoch)
+        made = model[0].out_channels + model[2].out_channels
+        assert sum(pruner.record.rounds[-1].channels.values()) == made
+        assert pruner.stage.cost(pruner.cost).total == made
+    assert model[2].out_channels == model[2].groups == 4 and made == 8
+    again = ChannelPruner(copy.deepcopy(model), settings, torch.zeros(1, 1, 8, 8))
+    again.load_state_dict(pruner.state_dict())
+    assert again.stage.channels() == pruner.stage.channels()
