@@ -127,7 +127,9 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("names", [("step", "last"), pytest.param(("pruned", "weights"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", [("last",), *(pytest.param(more, marks=pytest.mark.slow) for more in (("step",), ("pruned", "weights")))]
+)
 def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str, ...]) -> None:
     runs = {}
     for name in names:

@@ -106,7 +106,9 @@ class Task(TransferTask):
         return super().forward(images.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("double", [False, True], ids=["channel", "double"])
+@pytest.mark.parametrize(
+    "double", [pytest.param(False, marks=pytest.mark.slow, id="channel"), pytest.param(True, id="double")]
+)
 def test_report_and_commands_on_a_run_folder(double: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, report = Task("bsdp:resnet20", num_classes=4, weights="none"), PruningReport(latency_repeats=1)
     pruning: dict[str, Any] = {"criterion": "l1", "target": 0.6, "rounds": 1}
