@@ -110,6 +110,15 @@ def test_feature_statistics_are_the_mean_of_both_processes(results: Results) -> 
     assert unequal >= 2 * 3  # two layers in three epochs before the last cut saw other images in each process
 
 
+def test_one_process_without_statistics_keeps_those_of_both(results: Results) -> None:
+    text = "the batch norms keep their statistics after this cut"
+    for result, others in zip(results["broken"], results["measured"], strict=True):
+        found = [warning for warning in result["warnings"] if text in warning]
+        assert len(found) <= 1  # the other cuts recalibrate
+        assert not any(text in warning for warning in others["warnings"])
+    assert any(f"{text}: the training batches of another process" in w for w in results["broken"][0]["warnings"])
+
+
 def test_the_monitored_value_is_the_mean_of_both_processes(results: Results) -> None:
     first, second = results["plain"]
     means = [(a + b) / 2 for a, b in zip(first["monitored"], second["monitored"], strict=True)]

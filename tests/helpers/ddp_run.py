@@ -17,7 +17,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, PruningReport
+from bsdp.callbacks import (
+    BasisDecomposition,
+    ChannelPruning,
+    DoublePruning,
+    IterativeBasisPruning,
+    PruningReport,
+    _recalibration,
+)
 from tests.helpers.channel_runs import ResidualClassifier
 from tests.helpers.outcomes import loss_of
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer
@@ -180,6 +187,42 @@ def plain(folder: Path) -> dict[str, Any]:
     return {**result, "resumed": resumed, "summary": report.summary}
 
 
+def measured(folder: Path, *, broken: bool) -> dict[str, Any]:
+    """Bases by gradients and chosen anew, a teacher, and batch norms that are recalibrated after every cut.
+
+    Args:
+        folder: Of the run.
+        broken: The first batches that process 1 reads to recalibrate give no statistics.
+    """
+    inner, calls = _recalibration.recalibrate_batch_norms, 0
+
+    def recalibrate(model: nn.Module, batches: Any) -> list[str]:
+        nonlocal calls
+        calls += 1
+        if broken and calls == 1 and torch.distributed.get_rank() == 1:
+            raise ValueError("no statistics here")
+        return inner(model, batches)
+
+    _recalibration.recalibrate_batch_norms = recalibrate
+    try:
+        return fit(
+            folder,
+            Module(norm=True),
+            max_epochs=5,
+            decomposition={"batch_norm": "stats"},
+            pruning={
+                "warmup_epochs": 2,
+                "distillation": 0.5,
+                "recalibration_batches": 2,
+                "metric": "kfac",
+                "rebase": "every_round",
+                "calibration_batches": 2,
+            },
+        )
+    finally:
+        _recalibration.recalibrate_batch_norms = inner
+
+
 def channels(folder: Path, *, double: bool, **options: Any) -> dict[str, Any]:
     """Channels are cut, and the processes see other images of training and validation."""
     callbacks: list[Any] = [BasisDecomposition(batch_norm="all")] if double else []
@@ -242,6 +285,8 @@ SCENARIOS: dict[str, Any] = {
         decomposition={"batch_norm": "stats"},
     ),
     "examples": lambda folder: fit(folder, Module(), pruning={"importance": "fisher"}),
+    "measured": lambda folder: measured(folder, broken=False),
+    "broken": lambda folder: measured(folder, broken=True),
     "channel": lambda folder: channels(folder, double=False, pruning={"criterion": "activation_cumsum", "theta": 0.4}),
     "factors": lambda folder: channels(folder, double=False, pruning={"criterion": "transtailor"}),
     "double": lambda folder: channels(folder, double=True),
