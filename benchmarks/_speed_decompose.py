@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,13 @@ NETWORKS = ("torchvision:resnet50", "torchvision:densenet121", "torchvision:vit_
 _SIZES = {"torchvision:vit_b_16": 224}
 
 
-def decompose(options: argparse.Namespace) -> list[Row]:
+def decompose(options: argparse.Namespace) -> Iterator[Row]:
     """Seconds and peak memory of `decompose` for large networks, each in a process of its own.
 
     The memory is the peak of the whole process above what it held before, by `getrusage`. `seconds` is processor time,
     `seconds_wall` the clock on the wall. Statistics for the activation metric are of few images, which costs the same
     per image for any number.
     """
-    rows = []
     for backbone in [name for name, *_ in options.networks] or NETWORKS:
         for metric in ("euclidean", "activation"):
             words = [backbone, metric, str(options.images), str(options.threads)]
@@ -41,17 +40,15 @@ def decompose(options: argparse.Namespace) -> list[Row]:
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-            rows.append({"part": "decompose", **json.loads(done.stdout.splitlines()[-1])})
-    return rows
+            yield {"part": "decompose", **json.loads(done.stdout.splitlines()[-1])}
 
 
-def growth(options: argparse.Namespace) -> list[Row]:
+def growth(options: argparse.Namespace) -> Iterator[Row]:
     """How the cost of one layer grows with its size, and that of the statistics with the images.
 
     A 3x3 convolution of c to c channels, factorised in both metrics, in processor seconds; `order` is the exponent from
     one row to the next: 3 where the time grows with the cube of c.
     """
-    rows: list[Row] = []
     for metric in ("euclidean", "activation"):
         previous = 0.0
         for width in (64, 128, 256, 512, 1024):
@@ -60,8 +57,8 @@ def growth(options: argparse.Namespace) -> list[Row]:
             moment = outputs.T @ outputs / len(outputs)
             seconds = min(_timed(weight, metric, moment) for _ in range(2 if width < 1024 else 1))
             order = None if not previous else torch.tensor(seconds / previous).log2().item()
-            rows.append({"part": "growth", "what": f"factorize, {metric}", "size": width} | {"seconds": seconds})
-            rows[-1]["order"] = order
+            row = {"part": "growth", "what": f"factorize, {metric}", "size": width, "seconds": seconds}
+            yield row | {"order": order}
             previous = seconds
     network = build("bsdp:resnet20")
     bsdp.decompose(network)
@@ -72,19 +69,18 @@ def growth(options: argparse.Namespace) -> list[Row]:
         bsdp.collect_output_moments(network, batches)
         seconds = time.process_time() - start
         order = None if not previous else torch.tensor(seconds / previous).log2().item() / 2
-        rows.append({"part": "growth", "what": "statistics of ResNet-20 by images", "size": images, "seconds": seconds})
-        rows[-1]["order"] = order
+        row = {"part": "growth", "what": "statistics of ResNet-20 by images", "size": images, "seconds": seconds}
+        yield row | {"order": order}
         previous = seconds
-    return rows
 
 
-def parallel(options: argparse.Namespace) -> list[Row]:
+def parallel(options: argparse.Namespace) -> Iterator[Row]:
     """Whether layers in parallel are decomposed faster than one after another, in seconds on the wall.
 
     `alone` is one thread, `inside` lets torch use the threads within each layer (what `decompose` does), `side by side`
     gives each thread a layer of its own.
     """
-    threads, rows = max(2, options.threads), []
+    threads = max(2, options.threads)
     for backbone in [name for name, *_ in options.networks] or ("torchvision:resnet50", "torchvision:vit_b_16"):
         network = build(backbone)
         names = bsdp.decompose(copy.deepcopy(network)).replaced
@@ -100,8 +96,7 @@ def parallel(options: argparse.Namespace) -> list[Row]:
             torch.set_num_threads(options.threads)
         for way, time_taken in times.items():
             row = {"part": "parallel", "network": backbone, "what": way, "layers": len(layers)}
-            rows.append({**row, "seconds": time_taken / 1e3, "threads": 1 if way == "alone" else threads})
-    return rows
+            yield {**row, "seconds": time_taken / 1e3, "threads": 1 if way == "alone" else threads}
 
 
 def _factorised(layers: Sequence[nn.Module], *, threads: int, workers: int) -> None:

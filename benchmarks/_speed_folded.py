@@ -28,7 +28,7 @@ ENGINES = ("eager", "channels_last", "compile", "onnxruntime")
 _SHARE = 0.5
 
 
-def folded(options: argparse.Namespace) -> list[Row]:
+def folded(options: argparse.Namespace) -> Iterator[Row]:
     """Speed-up over MAC reduction of networks cut to half of their MACs, with random weights.
 
     Three selections, by the sum of squared singular values that they keep:
@@ -40,20 +40,19 @@ def folded(options: argparse.Namespace) -> list[Row]:
     Batch norms are folded in all networks, the original one included. The table is measured in eager mode at the batch
     size of the row, with channels last for that engine.
     """
-    rows = []
     for backbone, size, *_ in options.networks or NETWORKS:
         for batch in options.batch_sizes:
             for engine in options.engines:
-                rows += _one(backbone, size, batch, engine, options)
-                print(f"  {backbone} {engine} {batch}: " + "; ".join(_short(row) for row in rows[-3:]), flush=True)
-    return rows
+                rows = list(_one(backbone, size, batch, engine, options))
+                print(f"  {backbone} {engine} {batch}: " + "; ".join(_short(row) for row in rows), flush=True)
+                yield from rows
 
 
 def _short(row: Row) -> str:
     return f"{row['selection']} {row['speed_up']:.2f} / {row['mac_reduction']:.2f} = {row['speed_up_per_mac']:.2f}"
 
 
-def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Namespace) -> list[Row]:
+def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Namespace) -> Iterator[Row]:
     image = torch.randn(1, 3, size, size)
     network = build(backbone).eval()
     networks, kept = {"original": bsdp.fold_batch_norm(network, image).model}, {"original": 1.0}
@@ -66,27 +65,23 @@ def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Na
         calls = {name: _call(module, image, batch, engine, Path(folder) / name) for name, module in networks.items()}
         with torch.inference_mode():
             times = milliseconds(calls, repeats=options.repeats if batch < 8 else max(3, options.repeats // 4))
-    rows = []
     for name in options.selections:
         reduction, speed_up = macs["original"] / macs[name], times["original"] / times[name]
-        rows.append(
-            {
-                "part": "folded",
-                "network": backbone,
-                "image_size": size,
-                "batch_size": batch,
-                "engine": engine,
-                "selection": name,
-                "ms_original": times["original"],
-                "ms_pruned": times[name],
-                "mac_reduction": reduction,
-                "speed_up": speed_up,
-                "speed_up_per_mac": speed_up / reduction,
-                "energy_kept": kept[name],
-                "repeats": options.repeats,
-            }
-        )
-    return rows
+        yield {
+            "part": "folded",
+            "network": backbone,
+            "image_size": size,
+            "batch_size": batch,
+            "engine": engine,
+            "selection": name,
+            "ms_original": times["original"],
+            "ms_pruned": times[name],
+            "mac_reduction": reduction,
+            "speed_up": speed_up,
+            "speed_up_per_mac": speed_up / reduction,
+            "energy_kept": kept[name],
+            "repeats": options.repeats,
+        }
 
 
 def _table(network: nn.Module, image: Tensor, batch: int, *, channels_last: bool) -> bsdp.LatencyTable:
@@ -156,13 +151,11 @@ def _onnx(network: nn.Module, images: Tensor, path: Path) -> Callable[[], object
     return lambda: session.run(None, feed)
 
 
-def profile(options: argparse.Namespace) -> list[Row]:
+def profile(options: argparse.Namespace) -> Iterator[Row]:
     """Where the time of the original and of the network with half of the MACs goes, layer by layer, in eager mode."""
-    rows = []
     for backbone, size, *_ in options.networks or NETWORKS[:1]:
         for batch in options.batch_sizes:
-            rows += list(_profile(backbone, size, batch))
-    return rows
+            yield from _profile(backbone, size, batch)
 
 
 def _profile(backbone: str, size: int, batch: int) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,13 +50,12 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-def callbacks(options: argparse.Namespace) -> list[Row]:
+def callbacks(options: argparse.Namespace) -> Iterator[Row]:
     """An epoch with a pruning callback against the same epoch without it, on the same network and images.
 
     The network is decomposed and frozen for `basis`, `channel` and `double`, plain with all weights for the criteria of
     `ChannelPruning`. The first epoch warms up, the second counts; no cut is made.
     """
-    rows = []
     for backbone, size, batch in options.networks or (("bsdp:resnet20", 32, 64), ("torchvision:resnet18", 64, 32)):
         images = torch.randn(options.batches * batch, 3, size, size)
         data = TensorDataset(images, torch.randint(CLASSES, (len(images),)))
@@ -67,22 +66,19 @@ def callbacks(options: argparse.Namespace) -> list[Row]:
                 times.append(_epoch(task, DataLoader(data, batch), options.method, prune=name == "with"))
         ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
         medians = {name: statistics.median(times) for name, times in seconds.items()}
-        rows.append(
-            {
-                "part": "callbacks",
-                "network": backbone,
-                "image_size": size,
-                "batch_size": batch,
-                "method": options.method,
-                "seconds_without": medians["without"],
-                "seconds_with": medians["with"],
-                "ratio": medians["with"] / medians["without"],
-                "ratio_lowest": min(ratios),
-                "ratio_highest": max(ratios),
-                "repeats": options.repeats,
-            }
-        )
-    return rows
+        yield {
+            "part": "callbacks",
+            "network": backbone,
+            "image_size": size,
+            "batch_size": batch,
+            "method": options.method,
+            "seconds_without": medians["without"],
+            "seconds_with": medians["with"],
+            "ratio": medians["with"] / medians["without"],
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+            "repeats": options.repeats,
+        }
 
 
 def _epoch(task: TransferTask, loader: Any, method: str, *, prune: bool) -> float:
@@ -107,7 +103,7 @@ def _pruning(method: str) -> Callback:
     return FRAME[method](**settings) if method in FRAME else ChannelPruning(criterion=method, **settings)  # type: ignore[arg-type]
 
 
-def scales(options: argparse.Namespace) -> list[Row]:
+def scales(options: argparse.Namespace) -> Iterator[Row]:
     """A training step of the scaling factors and the head alone against one of all weights, and peak memories.
 
     With lean norms, the frozen batch norms keep no input (see `bsdp.lean_batch_norms`).
@@ -116,7 +112,6 @@ def scales(options: argparse.Namespace) -> list[Row]:
     rank; the first basis vectors stay. Memory is that of tensors, as torch's own profiler sees them in the first step,
     gradients and momentum included; the weights that stand before the step are counted apart.
     """
-    rows = []
     default = (
         ("bsdp:resnet20", 32, 64),
         ("torchvision:mobilenet_v2", 64, 32),
@@ -137,22 +132,19 @@ def scales(options: argparse.Namespace) -> list[Row]:
         base = "all weights"
         for name, network in networks.items():
             stored = sum(p.numel() * p.element_size() for p in network.parameters())
-            rows.append(
-                {
-                    "part": "scales",
-                    "network": backbone,
-                    "image_size": size,
-                    "batch_size": batch,
-                    "trains": name,
-                    "ms_per_step": times[name],
-                    "time_ratio": times[name] / times[base],
-                    "peak_mb": memory[name] / 1e6,
-                    "memory_ratio": memory[name] / memory[base],
-                    "weights_mb": stored / 1e6,
-                    "repeats": options.repeats,
-                }
-            )
-    return rows
+            yield {
+                "part": "scales",
+                "network": backbone,
+                "image_size": size,
+                "batch_size": batch,
+                "trains": name,
+                "ms_per_step": times[name],
+                "time_ratio": times[name] / times[base],
+                "peak_mb": memory[name] / 1e6,
+                "memory_ratio": memory[name] / memory[base],
+                "weights_mb": stored / 1e6,
+                "repeats": options.repeats,
+            }
 
 
 def _scales_only(network: nn.Module, share: float, example: Tensor) -> nn.Module:

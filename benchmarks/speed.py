@@ -10,10 +10,10 @@
     python benchmarks/speed.py folded --engines compile,onnxruntime
     python benchmarks/speed.py profile                where the time of the original and the pruned network goes
 
-Every part prints a Markdown table and writes its rows to benchmarks/results/speed_PART.json (`--output` for another
-file), rows of other networks, batch sizes, engines or methods in it stay. Times are processor times of one thread
-(`--threads`), which other load on the machine disturbs less than times on the wall; medians of calls in turn. Data and
-weights are random. On two idle cores a part takes one to three minutes (compiling takes longer).
+Every part prints a Markdown table and writes its rows, as they come, to benchmarks/results/speed_PART.json (`--output`
+for another file), where rows of other networks, batch sizes, engines, selections or methods stay. Times are processor
+times of one thread (`--threads`), which other load on the machine disturbs less than times on the wall; medians of
+calls in turn. Data and weights are random. On two idle cores a part takes one to three minutes (compiling: longer).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # As a script: modules are looked up from the root, and benchmarks/coverage.py must not hide the package `coverage`.
@@ -33,9 +33,10 @@ import torch  # noqa: E402
 
 from benchmarks import _speed_decompose, _speed_folded, _speed_training  # noqa: E402
 from benchmarks._speed_common import Row, facts, markdown  # noqa: E402
+from benchmarks._tables import write_text  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "callbacks": _speed_training.callbacks,
     "scales": _speed_training.scales,
     "decompose": _speed_decompose.decompose,
@@ -44,7 +45,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "folded": _speed_folded.folded,
     "profile": _speed_folded.profile,
 }
-_IDENTITY = ("network", "image_size", "batch_size", "engine", "method", "metric", "what", "threads")
+_WHERE = ("network", "image_size", "batch_size", "engine", "threads")
+_IDENTITY = (*_WHERE, "selection", "method", "metric", "what", "size")
 _REPEATS = {"callbacks": 3, "scales": 7, "folded": 20, "parallel": 3}
 
 
@@ -54,18 +56,19 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.repeats is None:
         options.repeats = _REPEATS.get(options.part, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows = PARTS[options.part](options)
-    for row in rows:
-        row.update({key: value for key, value in facts().items() if key not in row})
     path = Path(options.output or RESULTS / f"speed_{options.part}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = merged(json.loads(path.read_text(encoding="utf-8")) if path.exists() else [], rows)
-    path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in kept) + "\n]\n", encoding="utf-8")
+    before: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows: list[Row] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in PARTS[options.part](options):
+            rows.append(row | {key: value for key, value in facts().items() if key not in row})
+            lines = ",\n".join("  " + json.dumps(kept) for kept in merged(before, rows))
+            write_text(path, f"[\n{lines}\n]\n")  # after every row: a long part may be stopped
     hidden = {"part", *facts()}
     print(markdown([{key: value for key, value in row.items() if key not in hidden} for row in rows]))
-    print(f"{path}: {len(kept)} rows")
+    print(f"{path}: {len(merged(before, rows))} rows")
 
 
 def parser() -> argparse.ArgumentParser:

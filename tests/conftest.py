@@ -1,10 +1,15 @@
 """What every test shares: a fixed seed and a deterministic profile of hypothesis."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# One thread in every process of the tests and in those they start: two processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("bsdp", derandomize=True, max_examples=25, deadline=None, database=None)
 hypothesis.settings.load_profile("bsdp")

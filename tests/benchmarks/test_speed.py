@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_layers_side_by_side_are_timed(tmp_path: Path) -> None:
 def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
     old = [{"network": "a", "batch_size": 1, "ms": 1.0}, {"network": "a", "batch_size": 32, "ms": 2.0}]
     assert speed.merged(old, [{"network": "a", "batch_size": 1, "ms": 3.0}]) == [old[1], {**old[0], "ms": 3.0}]
+
+
+def test_a_stopped_part_leaves_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def growth(_options: object) -> Iterator[Row]:
+        yield {"what": "a", "size": 1, "seconds": 3.0}
+        raise KeyboardInterrupt
+
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"what": "a", "size": size, "seconds": 1.0, "threads": 1} for size in (1, 2)]))
+    monkeypatch.setitem(speed.PARTS, "growth", growth)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(["growth", "--output", str(file)])
+    assert [(row["size"], row["seconds"]) for row in json.loads(file.read_text())] == [(2, 1.0), (1, 3.0)]
 
 
 def test_words() -> None:
