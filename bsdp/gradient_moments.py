@@ -186,9 +186,9 @@ def drawn_labels(outputs: Any, generator: torch.Generator) -> Tensor:
 
 
 def _check_logits(outputs: Any) -> None:
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
         what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"the KFAC metric needs logits [batch, classes, ...] from the model, got {what}: use the activation "
-            "metric, or call `collect_gradient_moments` with a `loss` of your own."
+            f"the KFAC metric needs logits [batch, classes, ...] of two classes or more, the model gave {what}: use "
+            "the activation metric, or call `collect_gradient_moments` with a `loss` of your own."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.record import PruningRecord
@@ -54,6 +54,17 @@ def monitored_value(trainer: Trainer, monitor: str, *, needed: bool, needed_by: 
             "`tolerance: null`."
         )
     return None
+
+
+def shows_metrics(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether the sanity check logs what a validation will: not with several loaders, nor if the module asks for it."""
+    loaders = trainer.val_dataloaders
+    several = isinstance(loaders, (list, tuple, dict)) and len(loaders) > 1
+    own = [
+        kind for kind in type(pl_module).__mro__ if issubclass(kind, LightningModule) and kind is not LightningModule
+    ]
+    codes = [getattr(function, "__code__", None) for kind in own for function in vars(kind).values()]
+    return not several and not any("sanity_checking" in code.co_names for code in codes if code is not None)
 
 
 def log_around_cut(trainer: Trainer, record: PruningRecord) -> None:

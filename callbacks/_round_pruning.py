@@ -20,7 +20,7 @@ from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoi
 from bsdp.callbacks._curvature import add_curvature, check_curvature
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
-from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value
+from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value, shows_metrics
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._random_states import random_states, restore_random_states
@@ -28,6 +28,7 @@ from bsdp.callbacks._recalibration import recalibrate
 from bsdp.callbacks._records import describe_cut, structure_values
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
+from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.compiling import forget_graphs
 from bsdp.cost import ModelCost
 from bsdp.record import PruningRecord
@@ -158,7 +159,8 @@ class RoundPruning(Callback, ABC):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
-        monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None, needed_by=self)
+        if shows_metrics(trainer, pl_module):
+            monitored_value(trainer, self.monitor, needed=self.settings.tolerance is not None, needed_by=self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the pruner if it is not yet there, fit the rounds into the epochs, check the optimizers.
@@ -398,6 +400,9 @@ class RoundPruning(Callback, ABC):
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BasisDecomposition):
+                callback.follow_cut(trainer, pl_module)
         self._pruner().start_epoch()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -168,10 +168,12 @@ class BasisDecomposition(Callback):
         if self.train == "weights" and condition_factors(pairs, optimizers=trainer.optimizers, rescale=rescale):
             rewrap(trainer)
 
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let pairs that were cut, or got new bases, train as ``train`` says; a pruning callback calls it at once."""
+        self._condition(trainer, named_pairs(pl_module))
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since; follow a cut."""
-        if batch_idx <= 1:  # a budget of MACs may measure them on the first batch, and cut only then
-            self._condition(trainer, named_pairs(pl_module))
+        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
         for module in self._fixed_batch_norms:
             if module.training:
                 module.eval()

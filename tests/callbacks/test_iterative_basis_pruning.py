@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
-from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer, small_network
+from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
 LAYERS = ("0.0", "0.2")
 
@@ -398,6 +398,27 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`IterativeBasisPruning\(monitor='val_acc'\)` is never logged"):
             fit(module, IterativeBasisPruning(monitor="val_acc", target=0.5), tmp_path, num_sanity_val_steps=1)
         assert not any(p.scaling.delta.any() for p in bsdp.named_pairs(module).values())  # before any step
+
+    def test_monitor_that_the_sanity_check_does_not_show(self, tmp_path: Path) -> None:
+        class Quiet(Classifier):
+            def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+                if not self.trainer.sanity_checking:
+                    super().validation_step(batch, batch_idx)
+
+        class Loud(Classifier):
+            def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+                super().validation_step(batch, batch_idx)
+
+        class Both(Stripes):
+            def val_dataloader(self) -> Any:
+                return [super().val_dataloader()] * 2
+
+        options: dict[str, Any] = {"target": 0.3, "tolerance": 0.9, "save_pruned": False}
+        for module, data, name in ((Quiet(), Stripes(), ""), (Loud(), Both(), "/dataloader_idx_1")):
+            pruning = IterativeBasisPruning(monitor=f"val_accuracy{name}", **options)
+            trainer = make_trainer(tmp_path, [BasisDecomposition(), pruning], num_sanity_val_steps=1)
+            trainer.fit(module, datamodule=data)
+            assert pruning.record.rounds[-1].accuracy_best is not None
 
     def test_too_many_rounds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"needs 11 epochs .* but the trainer stops after 5"):

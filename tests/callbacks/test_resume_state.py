@@ -112,7 +112,8 @@ def fit(
     torch.manual_seed(5 if ckpt is None else 6)
     module = Learner(**(learner or {}))
     pruning = IterativeBasisPruning(**{"target": 0.6, "tolerance": 0.9, "warmup_epochs": 2, **options.pop("prune", {})})
-    callbacks = [pruning, BasisDecomposition(**options.pop("decompose", {})), *others]
+    callbacks = [pruning, BasisDecomposition(**options.pop("decompose", {}))]
+    callbacks = [*(reversed(callbacks) if options.pop("decomposition_first", False) else callbacks), *others]
     settings = {"max_epochs": 5, "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in others), **options}
     trainer = make_trainer(folder, callbacks, **settings)
     weights_only = {} if ckpt is None else {"weights_only": True}
@@ -159,13 +160,19 @@ def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: 
     assert resumed.record.rounds == pruning.record.rounds
 
 
-@pytest.mark.parametrize("moment", [("on_train_epoch_end", 1), ("on_train_epoch_end", 3)])
+@pytest.mark.parametrize(
+    "moment", [("on_train_epoch_end", 1), ("on_train_epoch_end", 3), ("on_train_batch_end", 1, 2)], ids=str
+)
 @pytest.mark.parametrize("prune", [{}, {"rebase": "every_round", "metric": "activation"}], ids=["", "rebase"])
-def test_training_of_all_weights_goes_on_from_an_epochs_end(tmp_path: Path, moment: Any, prune: dict[str, Any]) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_training_of_all_weights_goes_on_from_an_epochs_end(
+    tmp_path: Path, moment: Any, prune: dict[str, Any], first: bool
+) -> None:
     options: dict[str, Any] = {"decompose": {"metric": "activation", "train": "weights"}, "prune": prune}
+    options["decomposition_first"] = first
 
     def run(folder: Path, *others: Callback, ckpt: Path | None = None) -> tuple[LightningModule, IterativeBasisPruning]:
-        changed = {key: dict(value) for key, value in options.items()}
+        changed = copy.deepcopy(options)
         module, pruning, _ = fit(folder, *others, ckpt=ckpt, **changed)
         return module, pruning
 
@@ -174,7 +181,9 @@ def test_training_of_all_weights_goes_on_from_an_epochs_end(tmp_path: Path, mome
         run(tmp_path, SaveAt(*moment))
     module, resumed = run(tmp_path, ckpt=tmp_path / "kept.ckpt")
     assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
-    assert resumed.record.rounds == pruning.record.rounds
+    assert [entry.ranks for entry in resumed.record.rounds] == [entry.ranks for entry in pruning.record.rounds]
+    if moment[0] == "on_train_epoch_end":  # after the last batch of an epoch, its validation is left out
+        assert resumed.record.rounds == pruning.record.rounds
 
 
 def test_scores_of_the_warm_up_are_of_one_epoch_wherever_it_was_resumed(tmp_path: Path) -> None:
