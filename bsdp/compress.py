@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +31,11 @@ from bsdp.decompose import decompose
 from bsdp.double_pruner import output_change
 from bsdp.folding import fold
 from bsdp.layers import named_pairs
-from bsdp.probing import evaluating, first_tensor
+from bsdp.output_scores import example_outputs
+from bsdp.probing import evaluating
 from bsdp.pruner import PruningSettings, refuse_unreachable
 from bsdp.recalibration import recalibrate_batch_norms
-from bsdp.selection import RANKINGS, select
+from bsdp.selection import RANKINGS, PruningPlan, select
 from bsdp.stats import ModelStats, describe, measure_cost
 
 Progress = Callable[[str], None]
@@ -126,7 +129,7 @@ def compress(
             variance.
         ranking: How scores of different layers compare, see `select`.
         compensate: Fit every shortened layer to the outputs of the original network: True, False, or ``"auto"``: if
-            the network's outputs on held-out examples then are closer to the original's.
+            the network's outputs on held-out examples then are closer to the original's, and finite.
         recalibrate: Recompute the running statistics of batch norms: True, False, or ``"auto"``, likewise.
         include: Layers to decompose, see `decompose`.
         exclude: Layers to leave alone, see `decompose`.
@@ -140,7 +143,11 @@ def compress(
 
     Raises:
         ValueError: If an argument is not allowed, the data are empty, NaN, of another kind than the network takes, or
-            lack labels that are needed, no layer can be decomposed, or the target is out of reach.
+            lack labels that are needed, no layer can be decomposed, the target is out of reach, or the outputs of the
+            network, or of all networks to choose from, hold NaN or infinity.
+
+    Warns:
+        UserWarning: If the ranking stops short of the target, or a layer was seen at few positions.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(2))
@@ -168,6 +175,11 @@ def compress(
     device = next((p.device for p in work.parameters()), torch.device("cpu"))
     example = tuple(t.to(device) for t in found.seen.take(torch.arange(1)).inputs)
     _check_inputs(work, example)
+    wanted = _outputs(model, found.held_out, batch_size, device)
+    if not wanted.isfinite().all():
+        raise ValueError(
+            "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
+        )
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
     cost = _cost(work, example, settings, skipped)
@@ -181,15 +193,19 @@ def compress(
     budget = (1.0 - target) * cost.original(target_kind)
     limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
     plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
-    networks = {}
+    _warn_of_miss(plan, cost, settings, ranking)
+    choice = _Choice(wanted, found, batch_size, device, recalibrate, say)
     if compensate is not True:
-        networks[False] = work if compensate is False else copy.deepcopy(work)
-        truncate(networks[False], plan, batches)
+        with choice.leaving_out():
+            network = work if compensate is False else copy.deepcopy(work)
+            truncate(network, plan, batches)
+            choice.networks[False] = network
     if compensate:
-        networks[True] = work
-        shorten(model, work, plan, survey, batches, metric=metric, passes=passes, say=say)
+        with choice.leaving_out():
+            shorten(model, work, plan, survey, batches, metric=metric, passes=passes, say=say)
+            choice.networks[True] = work
     say("comparing the outputs")
-    best = _best(model, networks, found, batch_size, device, recalibrate)
+    best = choice.best()
     held_out = 0 if found.held_out is found.seen else len(found.held_out)
     return CompressionResult(
         model=best.network,
@@ -230,10 +246,15 @@ def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
             work(*example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         given = ", ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in example)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        hint = (
+            " The second tensor of a batch was taken for an input, because labels must be whole numbers of shape [N]: "
+            "if it holds labels, give such ones, or batches of inputs alone."
+        )
         raise ValueError(
             f"`model` cannot take the inputs of `data` ({given} for one example): {reason}. Give the inputs that "
             "it was trained on: images are floats, [batch, channels, height, width], normalised as for the training."
+            + (hint if len(example) == 2 else "")
         ) from error
 
 
@@ -247,6 +268,17 @@ def _cost(work: nn.Module, example: Any, settings: PruningSettings, skipped: dic
     return cost
 
 
+def _warn_of_miss(plan: PruningPlan, cost: ModelCost, settings: PruningSettings, ranking: str) -> None:
+    kind, target = settings.target_kind, settings.target
+    kept = cost.deployed(plan.ranks, kind) / cost.original(kind)
+    if kept > (1.0 - target) * (1.0 + 1e-9):
+        way = "a smaller target" if ranking == "hull" else "`ranking='hull'` or a smaller target"
+        warnings.warn(
+            f"`ranking={ranking!r}` leaves {kept:.2%} of the {kind}, more than `target={target}` allows: choose {way}.",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class _Candidate:
     """A compressed network, how it came to be, and how it compares with the original."""
@@ -258,44 +290,80 @@ class _Candidate:
     agreement: float | None
 
 
-def _best(
-    model: nn.Module,
-    networks: dict[bool, nn.Module],
-    found: CalibrationData,
-    batch_size: int,
-    device: torch.device,
-    recalibrate: bool | str,
-) -> _Candidate:
-    """The network closest to the original on held-out examples; recalibrated ones too, if that is asked for."""
-    wanted = _outputs(model, found.held_out, batch_size, device)
-    candidates = []
-    for compensated, network in networks.items():
-        variants = [] if recalibrate is True else [(network, False)]
-        if recalibrate:
-            other = copy.deepcopy(network)
-            # Batches of many examples: a batch's own statistics are noise otherwise.
-            norms = recalibrate_batch_norms(other, (i for i, _ in found.seen.batches(4 * batch_size, device)))
-            variants += [(other, True)] if norms or recalibrate is True else []
-        for variant, recalibrated in variants:
-            outputs = _outputs(variant, found.held_out, batch_size, device)
-            change, agreement = output_change(wanted, outputs), _agreement(wanted, outputs)
-            candidates.append(_Candidate(variant, compensated, recalibrated, change, agreement))
-    return min(candidates, key=lambda candidate: candidate.change)
+@dataclass
+class _Choice:
+    """The compressed networks to choose from; those that fail are left out as long as another one does not.
+
+    Attributes:
+        wanted: The outputs of the original on held-out examples.
+        found: The examples.
+        batch_size: Examples in a forward pass.
+        device: That of the networks.
+        recalibrate: As in `compress`.
+        say: Told what is left out.
+        networks: By whether they were fitted.
+        failures: Why others were left out.
+    """
+
+    wanted: Tensor
+    found: CalibrationData
+    batch_size: int
+    device: torch.device
+    recalibrate: bool | str
+    say: Progress
+    networks: dict[bool, nn.Module] = field(default_factory=dict)
+    failures: list[Exception] = field(default_factory=list)
+
+    @contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Note an error in place of raising it."""
+        try:
+            yield
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not listed
+            self.failures.append(error)
+            self.say(f"left out a network: {error}")
+
+    def best(self) -> _Candidate:
+        """The network closest to the original; recalibrated ones too, if that is asked for."""
+        candidates = []
+        for compensated, network in self.networks.items():
+            if self.recalibrate is not True:
+                with self.leaving_out():
+                    candidates.append(self._compared(network, compensated, False))
+            if self.recalibrate:
+                with self.leaving_out():
+                    other = copy.deepcopy(network)
+                    if self._recalibrated(other) or self.recalibrate is True:
+                        candidates.append(self._compared(other, compensated, True))
+        if not candidates:
+            reasons = "; ".join(dict.fromkeys(str(error).rstrip(".") for error in self.failures))
+            raise ValueError(
+                f"no compressed network is fit for use ({reasons}): try other values of `compensate` and "
+                "`recalibrate`, a smaller `target`, or float32 (`model.float()`)."
+            ) from self.failures[0]
+        return min(candidates, key=lambda candidate: candidate.change)
+
+    def _recalibrated(self, network: nn.Module) -> list[str]:
+        # Batches of many examples: a batch's own statistics are noise otherwise.
+        batches = self.found.seen.batches(4 * self.batch_size, self.device)
+        return recalibrate_batch_norms(network, (inputs for inputs, _ in batches))
+
+    def _compared(self, network: nn.Module, compensated: bool, recalibrated: bool) -> _Candidate:
+        outputs = _outputs(network, self.found.held_out, self.batch_size, self.device)
+        if not outputs.isfinite().all():
+            raise ValueError("NaN or infinity in its outputs.")
+        change, agreement = output_change(self.wanted, outputs), _agreement(self.wanted, outputs)
+        return _Candidate(network, compensated, recalibrated, change, agreement)
 
 
 def _outputs(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> Tensor:
     with evaluating(model):
-        outputs = [first_tensor(model(*inputs)) for inputs, _ in examples.batches(batch_size, device)]
+        outputs = [example_outputs(model(*inputs)) for inputs, _ in examples.batches(batch_size, device)]
     if any(output is None for output in outputs):
         raise ValueError(
             "`model` gives no tensor of numbers with an axis for the examples: its outputs cannot be compared."
         )
-    whole = torch.cat([output for output in outputs if output is not None])
-    if not whole.isfinite().all():
-        raise ValueError(
-            "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
-        )
-    return whole
+    return torch.cat([output for output in outputs if output is not None])
 
 
 def _agreement(before: Tensor, after: Tensor) -> float | None:

@@ -90,11 +90,12 @@ def compress(
     module = _data_module(data, source, image_size=image_size, data_dir=data_dir)
     module.prepare_data()
     module.setup("fit")
-    known = module.num_classes == source.metadata["num_classes"]
+    other = _other_classes(source.metadata, module.class_names)
+    known = not other
     if allocation == "taylor" and not known:
         raise ValueError(
-            f"`allocation=taylor` needs labels of the network's own {source.metadata['num_classes']} classes, but the "
-            f"data have {module.num_classes}: choose `kl`, which does without labels."
+            f"`allocation=taylor` needs labels of the network's own classes, but {other}: choose `kl`, which does "
+            "without labels."
         )
     result = _compress(
         source.network,
@@ -115,10 +116,9 @@ def compress(
     save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
     summary = _summary(result, module, measured, target=target, target_kind=target_kind, seed=seed)
     write_summary(summary, paths[1])
-    change = str(result).splitlines()[-2:]
-    return "\n".join(
-        [format_summary(summary).rstrip(), *change, f"wrote {paths[0].name} and {paths[1].name} to {folder}"]
-    )
+    lines = [format_summary(summary).rstrip(), *str(result).splitlines()[-2:]]
+    lines += [f"no accuracy: {other}"] if other else []
+    return "\n".join([*lines, f"wrote {paths[0].name} and {paths[1].name} to {folder}"])
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,17 @@ def _data_module(data: str, source: _Source, *, image_size: int | None, data_dir
     if module.normalization is None:
         module.normalization = source.normalization
     return module
+
+
+def _other_classes(metadata: dict[str, Any], names: list[str]) -> str:
+    """Why labels of the data are not those of the network; "" if they are, as far as the network names its classes."""
+    own = metadata.get("class_names")
+    if metadata["num_classes"] != len(names):
+        return f"the network has {metadata['num_classes']} classes, the data have {len(names)}"
+    if not isinstance(own, list) or own == names:
+        return ""
+    odd = next((pair for pair in zip(own, names, strict=False) if pair[0] != pair[1]), (own, names))
+    return f"the network's classes are not those of the data (for example {odd[0]!r} and {odd[1]!r})"
 
 
 def _sample(loader: DataLoader[Any], count: int, *, seed: int) -> DataLoader[Any]:

@@ -133,6 +133,21 @@ class LatencyTable:
                     "`bsdp latency`)."
                 )
 
+    def other_inputs(self, shapes: Sequence[Sequence[int]]) -> str:
+        """What to say of a network that gets other inputs than those that were timed; "" if it does not.
+
+        Args:
+            shapes: Shapes of its inputs, with an axis for the examples, which does not count.
+        """
+        timed, here = ([list(shape[1:]) for shape in each] for each in (self.input_shapes, shapes))
+        if not timed or timed == here:
+            return ""
+        there, now = (", ".join(map(str, each)) for each in (timed, here))
+        return (
+            f"the latency table was measured on inputs of {there}, but the network gets {now}: its times are not those "
+            "of this network. Measure it at this size (`bsdp latency`, `bsdp.measure_latency_table`)."
+        )
+
     def to_values(self) -> dict[str, Any]:
         """Plain values that JSON and a checkpoint can hold."""
         layers = {name: _listed(asdict(layer)) for name, layer in self.layers.items()}

@@ -37,6 +37,17 @@ def output_root_products(outputs: Tensor, signs: Tensor) -> Tensor:
     return roots * signs - probabilities * (roots * signs).sum(1, keepdim=True)
 
 
+def example_outputs(outputs: Any) -> Tensor | None:
+    """The first tensor of a network's outputs, ``[examples, ...]``; a single number per example becomes a column.
+
+    Args:
+        outputs: What the network returns, a tensor or a nest; None comes back where it holds no batch of floats.
+    """
+    if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() == 1:
+        return outputs[:, None]
+    return first_tensor(outputs)
+
+
 def example_scores(
     model: nn.Module,
     pairs: Mapping[str, BasisPair],
@@ -70,7 +81,7 @@ def example_scores(
         stack.enter_context(torch.enable_grad())
         for inputs, labels in batches:
             features.clear()
-            outputs = first_tensor(model(*as_inputs(inputs)))
+            outputs = example_outputs(model(*as_inputs(inputs)))
             if outputs is None or not outputs.requires_grad:
                 continue
             examples += len(outputs)

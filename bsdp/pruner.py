@@ -167,11 +167,19 @@ def refuse_unreachable(
 ) -> None:
     """Refuse a target beyond `largest_removable_share`."""
     most, in_rounds = (largest_removable_share(cost, settings, ranks, rounds=n) for n in (None, rounds))
+    least = least_rank(settings.min_rank, settings.rank_multiple)
+    timed = settings.target_kind == "latency" or not any(layer.cuttable for layer in cost.layers.values())
+    if settings.target > most and most < 0.0005 and cost.knows("latency") and timed:
+        raise ValueError(
+            f"`target={settings.target}` is out of reach: by the latency table no decomposed layer is (noticeably) "
+            f"faster as a pair of rank {least} than as one layer, on this machine and at this batch size. Choose "
+            "another `target_kind` ('params', 'macs') and no latency table, or measure one where the network is to "
+            "run (`bsdp latency`)."
+        )
     if settings.target > most:
         raise ValueError(
-            f"`target={settings.target}` is out of reach: with rank "
-            f"{least_rank(settings.min_rank, settings.rank_multiple)} in every decomposed layer, {most:.1%} of the "
-            f"{settings.target_kind} would be gone (head, batch norms and layers that are not "
+            f"`target={settings.target}` is out of reach: with rank {least} in every decomposed layer, {most:.1%} of "
+            f"the {settings.target_kind} would be gone (head, batch norms and layers that are not "
             f"decomposed stay). Choose a target below {most:.3f}, or decompose more layers."
         )
     if rounds is not None and settings.target > in_rounds:

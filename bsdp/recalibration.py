@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,18 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> list[st
         >>> model[0].running_mean
         tensor([2.])
     """
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    return recalibrate_by_running(model, (partial(model, *as_inputs(batch)) for batch in batches))
+
+
+@torch.no_grad()
+def recalibrate_by_running(model: nn.Module, runs: Iterable[Callable[[], object]]) -> list[str]:
+    """`recalibrate_batch_norms` for a model that does not take its batches as they are.
+
+    Args:
+        model: Changed in place.
+        runs: Each runs the model on a batch.
+    """
+    norms = tracking_norms(model)
     momenta = {norm: norm.momentum for norm in norms.values()}
     before = {norm: {key: value.clone() for key, value in norm.named_buffers()} for norm in norms.values()}
     done = False
@@ -49,8 +61,8 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> list[st
                 norm.momentum = None  # the cumulative average
                 norm.train()
             seen = False
-            for batch in batches:
-                model(*as_inputs(batch))
+            for run in runs:
+                run()
                 seen = True
         if norms and not seen:
             raise ValueError("`batches` is empty: batch norms need data to be recalibrated on.")
@@ -67,6 +79,11 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> list[st
     for norm in reached.values():
         _counter(norm).copy_(before[norm]["num_batches_tracked"])
     return list(reached)
+
+
+def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Batch norms with running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
 
 
 def _counter(norm: _BatchNorm) -> Tensor:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import as_parameters, own_iterator
+from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.gradient_moments import MetricCollector
 from bsdp.layers import BasisPair
 from bsdp.moments import LayerMoment
-from bsdp.probing import first_tensor
 
 Moments = dict[str, LayerMoment]
 
@@ -24,7 +21,8 @@ def module_moments(
 ) -> tuple[Moments, Moments]:
     """What a metric needs of some layers, measured on the first training batches of every process.
 
-    The iterator that the trainer has of its data, modes and random states are left alone.
+    The module is run as it trains, see `OwnPasses`; the iterator that the trainer has of its data, modes and random
+    states are left alone.
 
     Args:
         trainer: The trainer, in `fit`.
@@ -37,19 +35,16 @@ def module_moments(
         Output moments and gradient moments by name. Layers where they are not finite are left out, with a warning.
 
     Raises:
-        ValueError: If there is no batch, a batch has no floating-point tensor, or the module puts out no logits, which
-            the KFAC metric needs.
+        ValueError: If there is no batch, the module cannot be run on one, or puts out no logits, which the KFAC metric
+            needs.
     """
+    needs = f"metric: {metric}"
+    passes = OwnPasses(trainer, pl_module, setting=needs, batches=batches, outputs=metric == "kfac")
+    passes.check()
     collector, seen = MetricCollector(pairs, metric), 0
-    with random_state_kept(seed=0), collector.collecting(pl_module) as take:
-        for batch in islice(own_iterator(trainer.train_dataloader), batches):
-            images = first_tensor(trainer.strategy.batch_to_device(batch))
-            if images is None:
-                raise ValueError(
-                    f"`metric: {metric}` reads the first floating-point tensor of a training batch, and there is none; "
-                    "use `metric: euclidean`."
-                )
-            take(pl_module(as_parameters(images, pl_module)), None)
+    with collector.collecting(pl_module) as take:
+        for run in passes.runs():
+            take(run(), None)
             seen += 1
     if not seen:
         raise ValueError(f"`metric: {metric}` found no training batch to measure on.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bsdp.callbacks._measuring import example_of
 from bsdp.callbacks._run_folder import run_folder, unused_path
@@ -41,7 +41,10 @@ def table_for_run(
     if saved is not None:
         return LatencyTable.from_values(saved, source="the checkpoint")
     if path is not None:
-        return LatencyTable.load(path)
+        table = LatencyTable.load(path)
+        if problem := table.other_inputs(shapes):
+            rank_zero_warn(f"`latency_table={path!r}`: {problem}")
+        return table
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     return _measured(trainer, pl_module, network=network, shapes=shapes, batch_size=batch_size)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -31,6 +32,13 @@ def only_network(pl_module: LightningModule) -> str:
     return f"{children[0]}.{inside}" if inside else children[0]
 
 
+def call_network(pl_module: LightningModule, *arguments: Any, **named: Any) -> Any:
+    """The output of a module's ``forward``; of its one network, where it has no ``forward`` of its own."""
+    name = "" if is_overridden("forward", pl_module, LightningModule) else only_network(pl_module)
+    part: nn.Module = pl_module.get_submodule(name) if name else pl_module
+    return part(*arguments, **named)
+
+
 def measure_module_cost(
     pl_module: LightningModule, network: str, example: Any, *, new_bias: bool
 ) -> tuple[ModelCost, list[list[int]]]:
@@ -51,9 +59,9 @@ def measure_module_cost(
     try:
         with evaluating(pl_module), uncompiled():
             if isinstance(example, dict):
-                pl_module(**{k: as_parameters(v, part) for k, v in example.items()})
+                call_network(pl_module, **{k: as_parameters(v, part) for k, v in example.items()})
             else:
-                pl_module(*(as_parameters(value, part) for value in as_inputs(example)))
+                call_network(pl_module, *(as_parameters(value, part) for value in as_inputs(example)))
     finally:
         handle.remove()
     if not seen or not all(isinstance(value, Tensor) for value in seen[0]):

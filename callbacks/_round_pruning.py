@@ -19,8 +19,10 @@ from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
 from bsdp.callbacks._curvature import add_curvature, check_curvature
 from bsdp.callbacks._evaluation import random_state_kept
+from bsdp.callbacks._gradient_reach import GradientReach
 from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
 from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value, shows_metrics
+from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._random_states import random_states, restore_random_states
@@ -28,9 +30,9 @@ from bsdp.callbacks._recalibration import recalibrate
 from bsdp.callbacks._records import describe_cut, structure_values
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
-from bsdp.callbacks.basis_decomposition import BasisDecomposition
 from bsdp.compiling import forget_graphs
 from bsdp.cost import ModelCost
+from bsdp.importance import DATA_FREE
 from bsdp.record import PruningRecord
 from bsdp.round_settings import RoundSettings
 from bsdp.rounds import RoundPruner
@@ -75,6 +77,7 @@ class RoundPruning(Callback, ABC):
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
         self._watching = ExitStack()
+        self._reach: GradientReach | None = None  # in the first epoch of a fit
 
     @property
     def record(self) -> PruningRecord:
@@ -118,7 +121,8 @@ class RoundPruning(Callback, ABC):
         load_shape_first(trainer)
         if stage != "fit":
             return
-        self.pruner = self._loaded = self.checkpoint_path = self.weights_path = None  # another fit starts anew
+        self.pruner = self._reach = None  # another fit starts anew
+        self._loaded = self.checkpoint_path = self.weights_path = None
         refuse_unsupported(trainer, self)
         write_whole_checkpoints(trainer)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
@@ -136,7 +140,13 @@ class RoundPruning(Callback, ABC):
         shapes: list[list[int]] = []
         if pl_module.example_input_array is not None:
             example = pl_module.example_input_array
-            cost, shapes = measure_module_cost(pl_module, network, example, new_bias=self.new_bias)
+            try:
+                cost, shapes = measure_module_cost(pl_module, network, example, new_bias=self.new_bias)
+            except Exception as error:  # whatever the user's forward may raise
+                raise ValueError(
+                    f"`forward` of {type(pl_module).__name__} failed on its `example_input_array` "
+                    f"({type(error).__name__}: {error}): make it one example of what `forward` takes."
+                ) from error
         elif self._loaded is not None and self.needs_example:
             shapes = self._loaded["record"]["input_shapes"]
             cost = bsdp.measure_cost(part, tuple(torch.zeros(s) for s in shapes), new_bias=self.new_bias)
@@ -185,6 +195,14 @@ class RoundPruning(Callback, ABC):
         stage = self._basis_stage()
         if stage is not None and stage.scores.needs_curvature:
             check_curvature(trainer, pl_module)
+        if stage is not None and stage.scores.importance not in ("energy", *DATA_FREE):
+            self._reach = GradientReach(stage.pairs, stage.scores.importance)
+        for setting in self.own_passes():
+            OwnPasses(trainer, pl_module, setting=setting, batches=1).check()
+
+    def own_passes(self) -> list[str]:
+        """Settings for which the module is run on training batches beside the training."""
+        return ["recalibration_batches"] if self.recalibration_batches else []
 
     def _begin(self, trainer: Trainer) -> None:
         pruner = self._pruner()
@@ -222,17 +240,23 @@ class RoundPruning(Callback, ABC):
         if is_watched(trainer, batch_idx, scored=stage is not None and stage.scores.needs_hooks):
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._watching.enter_context(pruner.collecting(loss_scale(trainer), parts))
+        if self._reach is not None and not self._reach.called:
+            self._watching.enter_context(self._reach.watching())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
         if self.pruner is not None:
             self.pruner.update(optimizer)
+        if self._reach is not None:
+            self._reach.note_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop watching; validation must not count."""
         self._detach()
+        if self._reach is not None:
+            self._reach.check_passes()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         distillation = None if self.pruner is None else self.pruner.distillation
@@ -265,6 +289,9 @@ class RoundPruning(Callback, ABC):
         """Log the structure, and stop when too many rounds ended below the tolerance."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if self._reach is not None:
+            self._reach.check_gradients()
+        self._reach = None
         self._log_structure(trainer, pl_module)
         self._agree(trainer)
         pruner = self._pruner()
@@ -401,7 +428,7 @@ class RoundPruning(Callback, ABC):
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BasisDecomposition):
+            if hasattr(callback, "follow_cut"):  # `BasisDecomposition`
                 callback.follow_cut(trainer, pl_module)
         self._pruner().start_epoch()
 

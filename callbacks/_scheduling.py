@@ -25,8 +25,8 @@ def scheduled_settings(
     Raises:
         ValueError: If the trainer stops before the last round is over.
     """
-    planned = planned_epochs(trainer)
-    epochs = None if planned is None else planned - first_epoch
+    limits = {name: limit - first_epoch for name, limit in _limits(trainer).items()}
+    epochs = min(limits.values(), default=None)
     if rounds is None:
         if epochs is None:
             raise ValueError(
@@ -37,21 +37,26 @@ def scheduled_settings(
             epochs=epochs, warmup_epochs=settings.warmup_epochs, epochs_per_round=settings.epochs_per_round
         )
     needed = settings.warmup_epochs + max(rounds, 1) * settings.epochs_per_round
-    if epochs is not None and needed > epochs:
+    low = [name for name, limit in limits.items() if limit < needed]
+    if low:
+        given = ", ".join(f"`{name}={getattr(trainer, name)}`" for name in low)
         raise ValueError(
             f"the pruning schedule needs {needed} epochs (`warmup_epochs={settings.warmup_epochs}` + "
             f"`rounds={max(rounds, 1)}` x `epochs_per_round={settings.epochs_per_round}`), but the trainer stops "
-            f"after {epochs}: raise `max_epochs` or lower one of them."
+            f"after {epochs} ({given}): raise {' and '.join(f'`{name}`' for name in low)} or lower one of them."
         )
     return replace(settings, rounds=rounds)
 
 
 def planned_epochs(trainer: Trainer) -> int | None:
     """Epochs the trainer will run; None if it has no end."""
-    limits = [_epochs_of_steps(trainer)]
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs)
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min(_limits(trainer).values(), default=None)
+
+
+def _limits(trainer: Trainer) -> dict[str, int]:
+    """Epochs after which the trainer stops, by the argument that says so."""
+    limits = {"max_epochs": trainer.max_epochs, "max_steps": _epochs_of_steps(trainer)}
+    return {name: limit for name, limit in limits.items() if limit is not None and limit >= 0}
 
 
 def _epochs_of_steps(trainer: Trainer) -> int | None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bsdp._checks import check_at_least, check_choice, check_patterns, matches
+from bsdp._checks import check_choice, check_patterns, check_whole, matches
 from bsdp.calibration import check_shrinkage, rebase
 from bsdp.callbacks._calibration import module_moments
 from bsdp.callbacks._processes import rewrap
@@ -83,7 +83,7 @@ class BasisDecomposition(Callback):
                     f"`{name}` is about bases chosen by what they put out, but `metric` is 'euclidean': set `metric: "
                     f"activation`, or leave `{name}` out."
                 )
-        check_at_least("calibration_batches", calibration_batches, 1)
+        check_whole("calibration_batches", calibration_batches, 1)
         check_choice("train", train, ("scales", "weights"))
         batch_norm = batch_norm or ("all" if train == "weights" else "frozen")
         check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)

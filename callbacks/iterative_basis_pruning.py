@@ -147,7 +147,7 @@ class IterativeBasisPruning(RoundPruning):
     ) -> None:
         if rounds is not None:
             check_at_least("rounds", rounds, 1)
-        check_at_least("calibration_batches", calibration_batches, 1)
+        check_whole("calibration_batches", calibration_batches, 1)
         self.calibration_batches = calibration_batches
         check_whole("curvature_batches", curvature_batches, 1)
         settings = PruningSettings(
@@ -236,6 +236,11 @@ class IterativeBasisPruning(RoundPruning):
         """Refuse scaling factors that do not train."""
         if self._pruner().needs_gradients:
             check_scales(trainer.optimizers, named_pairs(self._pruner().network))
+
+    def own_passes(self) -> list[str]:
+        """As in `RoundPruning`; bases are chosen anew by what comes out of the layers, too."""
+        rebases = self.settings.rebase != "never" and self.settings.metric != "euclidean"
+        return super().own_passes() + ([f"metric: {self.settings.metric}"] if rebases else [])
 
     def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose bases anew before the epoch that scores them."""

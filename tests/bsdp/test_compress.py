@@ -1,5 +1,6 @@
 """Compression in one call, without training: what it reaches, what it leaves alone, what it refuses."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,17 @@ def test_outputs_that_are_no_class_scores() -> None:
     assert result.agreement is None and result.stats.params_kept <= 0.8
 
 
+@pytest.mark.parametrize("allocation", ["kl", "energy"])
+def test_one_output_per_example(allocation: str) -> None:
+    """They are compared as one column is."""
+    column, data = network(classes=1), images()
+    flat = nn.Sequential(*column, nn.Flatten(0))
+    results = [bsdp.compress(model, data, target=0.4, allocation=allocation) for model in (column, flat)]
+    assert results[0].ranks == results[1].ranks
+    assert results[0].output_change == results[1].output_change and results[1].agreement is None
+    assert results[1].model(data).shape == (60,)
+
+
 def test_a_network_with_pairs_is_shortened_further() -> None:
     first = bsdp.compress(network(), images(), target=0.3)
     second = bsdp.compress(first.model, images(), target=0.6)
@@ -201,6 +213,73 @@ def test_auto_takes_the_closest_of_four() -> None:
     auto = bsdp.compress(network(), images(), target=0.5)
     assert auto.output_change == min(result.output_change for result in found.values())
     assert auto.output_change == found[auto.compensated, auto.recalibrated].output_change
+
+
+def fail(*_: Any, **__: Any) -> list[str]:
+    raise ValueError("no statistics.")
+
+
+def spoil(model: nn.Module, *_: Any, **__: Any) -> list[str]:
+    nn.init.constant_(model[1].running_mean, float("nan"))  # type: ignore[index, arg-type]
+    return ["1"]
+
+
+@pytest.mark.parametrize("broken", [fail, spoil])
+def test_auto_leaves_out_what_fails(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("bsdp.compress")  # `bsdp.compress` is the function
+    monkeypatch.setattr(module, "recalibrate_batch_norms", broken)
+    lines: list[str] = []
+    result = bsdp.compress(network(), images(), target=0.5, progress=lines.append)
+    assert not result.recalibrated and sum("left out" in line for line in lines) == 2
+    with pytest.raises(ValueError, match=r"no compressed network is fit for use \((no statistics|NaN or inf)"):
+        bsdp.compress(network(), images(), target=0.5, recalibrate=True)
+    monkeypatch.setattr(module, "shorten", fail)
+    assert not bsdp.compress(network(), images(), target=0.5).compensated
+    with pytest.raises(ValueError, match="no compressed network"):
+        bsdp.compress(network(), images(), target=0.5, compensate=True)
+
+
+def test_half_precision_with_tiny_inputs() -> None:
+    """Their batch statistics are NaN or infinite; the running ones are none the worse."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels in (3, 8, 8):
+        layers += [nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).half()
+    result = bsdp.compress(model, (images() * 1e-4).half(), target=0.4)
+    assert not result.recalibrated and result.stats.params_kept <= 0.6
+
+
+def test_outputs_of_the_original_are_checked_first() -> None:
+    model = network()
+    nn.init.constant_(model[12].bias, float("inf"))
+    lines: list[str] = []
+    with pytest.raises(ValueError, match="`model` gives NaN or infinity on `data`"):
+        bsdp.compress(model, images(20), target=0.5, progress=lines.append)
+    assert not lines
+    with pytest.raises(ValueError, match="`model` gives no tensor of numbers"):
+        bsdp.compress(nn.Sequential(*network(), nn.Softmax(1), Classes()), images(20), target=0.5)
+
+
+class Classes(nn.Module):
+    """The best class, which is no number to compare."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.argmax(1)
+
+
+def test_a_plan_that_misses_the_target_warns() -> None:
+    """Cut for its low score per weight, the second layer gets a bias and costs more than before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 12, 1, groups=2, bias=False), nn.ReLU()),
+        *(nn.Conv2d(12, 12, 3, padding=1, groups=2, bias=False), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+    )
+    with pytest.warns(UserWarning, match=r"`ranking='per_cost'` leaves 30\.\d\d% of .* `target=0.704`.*'hull'"):
+        result = bsdp.compress(model, images(30), target=0.704, ranking="per_cost")
+    assert result.stats.params_kept > 0.3
+    assert bsdp.compress(model, images(30), target=0.704).stats.params_kept <= 0.296
 
 
 @pytest.mark.parametrize("allocation", ["taylor", "energy", "kl"])
@@ -231,6 +310,8 @@ def test_few_positions_warn_and_stay_finite() -> None:
         ({"data": images(20).to(torch.uint8)}, r"cannot take the inputs of `data` .* of uint8 for one example"),
         ({"data": images(20)[:, :1]}, r"cannot take the inputs of `data` \(\[1, 1,"),
         ({"data": [(images(4), torch.zeros(3))]}, "equally many examples"),
+        ({"data": [(images(20), torch.zeros(20, 1).long())]}, r"second tensor .* whole numbers of shape \[N\]"),
+        ({"data": [(images(20), torch.zeros(20))]}, r"second tensor .* whole numbers of shape \[N\]"),
         ({"allocation": "taylor"}, "needs labels"),
         ({"allocation": "taylor", "data": [(images(20), torch.arange(20))]}, "`data`: labels go from 0 to 1\\d"),
         ({"target": 0.99}, "`target=0.99` is out of reach"),

@@ -10,6 +10,7 @@ import bsdp
 from bsdp import cli
 from bsdp.artifacts import load_artifact
 from bsdp.backbones import build_backbone
+from bsdp.datamodules import DigitsDataModule
 from tests.helpers.tiny_run import write_run
 
 QUICK = ("--images", 16, "--passes", 1, "--val-images", 40, "--image-size", 16)
@@ -24,12 +25,16 @@ def run(*words: object) -> int:
     return cli.main(["compress", *(str(word) for word in words)])
 
 
-def test_files_of_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_a_backbone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = build_backbone("bsdp:resnet20").class_names
+    monkeypatch.setattr(DigitsDataModule, "CLASS_NAMES", names)  # as if they were CIFAR-10
     words = ("--backbone", "bsdp:resnet20", "--data", "digits", "--target", 0.5, "--output", tmp_path, *QUICK, "--test")
     assert run(*words) == 0
     out, err = capsys.readouterr()
     assert "What pruning gained" in out and "test accuracy" in out and "wrote pruned.safetensors" in out
-    assert "scoring the bases" in err
+    assert "scoring the bases" in err and "no accuracy" not in out
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0.4 < summary["params_kept"] <= 0.5 and summary["reached_target"]
@@ -40,7 +45,7 @@ def test_files_of_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     assert sum(p.numel() for p in network.parameters()) == summary["params_pruned"]
     artifact = load_artifact(tmp_path / "pruned.safetensors")
-    assert artifact.metadata["image_size"] == 16 and len(artifact.metadata["class_names"]) == 10
+    assert artifact.metadata["image_size"] == 16 and artifact.metadata["class_names"] == list(names or ())
 
     assert run(*words) == 2  # what is there is not overwritten
     assert "--force" in capsys.readouterr().err
@@ -49,11 +54,35 @@ def test_files_of_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "summary.json").read_text() != before
 
 
+def test_as_many_classes_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--backbone", "bsdp:resnet20", "--data", "digits", "--target", 0.5, "--output", tmp_path, *QUICK)
+    assert run(*words, "--test") == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "no accuracy" in line]
+    assert "'airplane'" in line and "'0'" in line
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["validation_reference"] is None and summary["accuracy_pruned"] is None
+    assert load_artifact(tmp_path / "pruned.safetensors").metadata["class_names"][0] == "airplane"
+    assert run(*words, "--allocation", "taylor", "--force") == 2
+    assert "`allocation=taylor` needs labels of the network's own classes" in capsys.readouterr().err
+
+
+def test_a_network_that_names_no_classes_takes_those_of_the_data(tmp_path: Path) -> None:
+    network = build_backbone("bsdp:resnet20").network
+    weights = bsdp.save(network, tmp_path / "nameless.safetensors")
+    words = ("--data", "digits", "--target", 0.5, "--output", tmp_path / "out", *QUICK)
+    assert run("--backbone", "bsdp:resnet20", "--weights", weights, *words) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["validation_reference"] is not None
+    known = load_artifact(tmp_path / "out" / "pruned.safetensors").metadata
+    assert known["class_names"] == list("0123456789")
+
+
 def test_a_pruned_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "version_0")
     words = ("--ckpt", folder, "--data", "digits", "--target", 0.8, "--output", tmp_path / "out", *QUICK)
     assert run(*words) == 0
-    assert "accuracy  " in capsys.readouterr().out.replace("val ", "")
+    assert "no accuracy: the network has 4 classes" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["params_kept"] <= 0.2
     assert summary["validation_reference"] is None  # 4 classes, the digits have 10
@@ -71,7 +100,7 @@ def test_a_pruned_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--data", "nothing", "--backbone", "bsdp:resnet20"), "data/nothing"),
         (("--data", "{file}", "--backbone", "bsdp:resnet20"), "does not name a data module"),
         (("--data", "digits", "--ckpt", "{run}/pruned.safetensors"), "folded layers only"),
-        (("--data", "digits", "--ckpt", "{run}", "--allocation", "taylor"), "4 classes"),
+        (("--data", "digits", "--ckpt", "{run}", "--allocation", "taylor"), "the network has 4 classes"),
     ],
 )
 def test_refusals(words: tuple[str, ...], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

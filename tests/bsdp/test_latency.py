@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_a_table_of_another_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer 'conv2' has .* \(72, 16, 1\) in the network and \(72, 12, 1\)"):
         bsdp.measure_cost(wider, latency=table)
     assert bsdp.measure_cost(model, latency=table).fixed_latency == 1000
+
+
+def test_other_inputs_are_named() -> None:
+    table = table_of(decomposed())
+    assert table.input_shapes == ((1, 3, 8, 8),)
+    assert table.other_inputs([[1, 3, 8, 8]]) == table.other_inputs([(4, 3, 8, 8)]) == ""
+    assert "[3, 8, 8]" in table.other_inputs([[1, 3, 64, 64]]) and "[3, 64, 64]" in table.other_inputs([[1, 3, 64, 64]])
+    assert table.other_inputs([[1, 3, 8, 8], [1, 2]])
+    assert replace(table, input_shapes=()).other_inputs([[1, 3, 64, 64]]) == ""  # it does not say
 
 
 def test_times_are_made_to_rise() -> None:

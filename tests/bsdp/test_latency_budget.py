@@ -222,3 +222,11 @@ def test_a_budget_below_what_any_rank_reaches_is_refused() -> None:
     fewer = 1 - cost.smallest("latency", min_rank=16) / cost.original("latency")
     with pytest.raises(ValueError, match=rf"with rank 16 .* {fewer:.1%} of the latency"):
         bsdp.IterativePruner(model, settings(target=0.45, rank_multiple=8, min_rank=9), cost)
+
+
+@pytest.mark.parametrize("kind", ["latency", "params"])
+def test_a_network_whose_pairs_are_all_slower_is_refused(kind: str) -> None:
+    model = network()
+    cost = bsdp.measure_cost(model, latency=table_of(model, slow=("0", "2")))
+    with pytest.raises(ValueError, match=r"no decomposed layer is .* faster as a pair .* Choose another `target_kind`"):
+        bsdp.IterativePruner(model, settings(target=0.1, target_kind=kind), cost)

@@ -279,9 +279,10 @@ def test_batches_of_another_form_are_refused(batch: Any, loss: Callable[..., Ten
 
 
 def test_outputs_that_are_no_logits_are_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
-    with pytest.raises(ValueError, match=r"needs logits \[batch, classes, ...\] from the model, got a tensor of shape"):
-        collect_gradient_moments(net, [torch.randn(2, 4)])
+    message = r"needs logits \[batch, classes, ...\] of two classes or more, the model gave a tensor of shape"
+    for net in (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), nn.Linear(4, 1)):
+        with pytest.raises(ValueError, match=message):
+            collect_gradient_moments(net, [torch.randn(2, 4)])
 
 
 @pytest.mark.parametrize("name", list(NETS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class SaveAt(StopAt):
 def hand_made(*, speed: float = 1.0, slow: tuple[str, ...] = ("0.0",)) -> bsdp.LatencyTable:
     network = small_network()
     bsdp.decompose(network)
-    return table_of(network, slow=slow, speed=speed, fixed=200)
+    table = table_of(network, slow=slow, speed=speed, fixed=200)
+    return replace(table, input_shapes=((1, 1, 8, 8),))
 
 
 def pruning(**options: Any) -> IterativeBasisPruning:
@@ -103,6 +105,13 @@ def test_a_table_decides_what_is_a_pair_in_other_budgets(tmp_path: Path) -> None
     assert callback.record.kept(callback.record.rounds[-1], "params") <= 0.6  # type: ignore[operator]
 
 
+def test_a_table_of_another_input_size_warns_once(tmp_path: Path) -> None:
+    path = replace(hand_made(), input_shapes=((1, 1, 64, 64),)).save(tmp_path / "table.json")
+    with pytest.warns(UserWarning, match=r"inputs of \[1, 64, 64\], .* gets \[1, 8, 8\]") as caught:
+        fit(tmp_path, pruning(latency_table=str(path)))
+    assert sum("latency table" in str(warning.message) for warning in caught) == 1
+
+
 def test_ranks_are_multiples(tmp_path: Path) -> None:
     callback = pruning(target_kind="params", target=0.3, rank_multiple=4, rounds=1)
     module, _ = fit(tmp_path, callback, max_epochs=2)
@@ -132,7 +141,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     refused("`target=0.99` is out of reach: .* of the latency would be gone", hand_made(), target=0.99)
     network = small_network()
     bsdp.decompose(network, include=["0.2"])
-    refused("only the network has '0.0'", table_of(network))
+    refused("only the network has '0.0'", replace(table_of(network), input_shapes=()))
     with pytest.raises(ValueError, match="`latency_batch_size` must be at least 1"):
         pruning(latency_batch_size=0)
 

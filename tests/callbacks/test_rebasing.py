@@ -112,19 +112,21 @@ def test_fast_dev_run_changes_no_basis(tmp_path: Path) -> None:
 
 
 def test_kfac_needs_logits(tmp_path: Path) -> None:
-    class Shapes(Classifier):
-        def forward(self, images: Tensor) -> Any:
-            return {"logits": super().forward(images)}
+    class Binary(Classifier):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)[:, :1]
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return torch.nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+            return torch.nn.functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], (batch[1] > 0).float())
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
 
+    module = Binary()
+    module.own = torch.nn.Linear(1, 1)  # with which the network is the whole module
     trainer = make_trainer(tmp_path, callbacks(rebase="warmup", metric="kfac"), max_epochs=4)
-    with pytest.raises(ValueError, match=r"needs logits \[batch, classes, ...\] from the model, got dict"):
-        trainer.fit(Shapes(), datamodule=Stripes())
+    with pytest.raises(ValueError, match=r"needs logits \[batch, classes, ...\] of two classes or more"):
+        trainer.fit(module, datamodule=Stripes())
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

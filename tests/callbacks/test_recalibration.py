@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,12 +26,42 @@ from tests.helpers.resuming import Stopped, differences
 def trainer_with(*tensors: Tensor, shuffle: bool = False, **options: Any) -> Any:
     strategy = SimpleNamespace(batch_to_device=lambda batch: batch, **options)
     loader = DataLoader(TensorDataset(*tensors), 4, shuffle=shuffle)
-    return SimpleNamespace(train_dataloader=loader, strategy=strategy, world_size=2 if options else 1)
+    return SimpleNamespace(
+        train_dataloader=loader,
+        strategy=strategy,
+        world_size=2 if options else 1,
+        num_training_batches=len(loader),
+        loggers=[],
+        datamodule=None,
+        precision_plugin=Precision(),
+    )
 
 
-def network() -> Any:
+class Module(LightningModule):
+    """Does in its step what `step` says; each layer is its own."""
+
+    def __init__(self, step: Callable[[Any, Any], Any] | None = None) -> None:
+        super().__init__()
+        self.step, self.calls = step, [0]
+        self.linear, self.norm, self.dropout = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)
+        self.automatic_optimization = step is not None
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.linear, self.norm, self.dropout)[index]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.linear(images)))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls[0] += 1
+        self.calls.append(batch_idx)
+        assert self.step is not None
+        return self.step(self, batch)
+
+
+def network(step: Callable[[Any, Any], Any] | None = None) -> Any:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
+    return Module(step)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
@@ -47,6 +79,39 @@ def test_statistics_are_those_of_the_first_batches_and_the_random_state_stays() 
     for own, by_hand in zip(statistics(module), (mean, variance), strict=True):
         torch.testing.assert_close(own, by_hand)
     assert all(entry.training for entry in module.modules())
+
+
+def test_the_step_shows_what_reaches_the_layers() -> None:
+    images, labels = torch.randn(16, 3), torch.arange(16)
+    module, expected = network(lambda module, batch: module(batch[0] / 4 + 3).sum()), network()
+    _recalibration.recalibrate(trainer_with(images, labels), module, 2)
+    _recalibration.recalibrate(trainer_with(images / 4 + 3, labels), expected, 2)
+    for own, by_hand in zip(statistics(module), statistics(expected), strict=True):
+        torch.testing.assert_close(own, by_hand)
+    assert module.calls == [0] and module.norm.num_batches_tracked == 0
+
+
+def test_no_more_batches_than_an_epoch_has() -> None:
+    images, module, expected = torch.randn(16, 3), network(), network()
+    trainer = trainer_with(images)
+    trainer.num_training_batches = 2
+    _recalibration.recalibrate(trainer, module, 4)
+    _recalibration.recalibrate(trainer_with(images), expected, 2)
+    assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
+
+
+def test_a_step_that_cannot_be_run_alone_leaves_forward() -> None:
+    def fails(module: Any, batch: Any) -> Tensor:
+        assert module.training
+        return torch.zeros(())
+
+    images, module, expected = torch.randn(16, 3), network(fails), network()
+    for each in (module, expected):
+        _recalibration.recalibrate(trainer_with(images), each, 2)
+    assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
+    module.forward = None
+    with pytest.raises(ValueError, match=r"`recalibration_batches` needs to run the module .* and `forward` failed"):
+        _recalibration.recalibrate(trainer_with(images), module, 2)
 
 
 def test_shuffled_batches_are_the_same_whatever_was_drawn_before() -> None:

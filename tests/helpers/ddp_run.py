@@ -194,16 +194,16 @@ def measured(folder: Path, *, broken: bool) -> dict[str, Any]:
         folder: Of the run.
         broken: The first batches that process 1 reads to recalibrate give no statistics.
     """
-    inner, calls = _recalibration.recalibrate_batch_norms, 0
+    inner, calls = _recalibration.recalibrate_by_running, 0
 
-    def recalibrate(model: nn.Module, batches: Any) -> list[str]:
+    def recalibrate(model: nn.Module, runs: Any) -> list[str]:
         nonlocal calls
         calls += 1
         if broken and calls == 1 and torch.distributed.get_rank() == 1:
             raise ValueError("no statistics here")
-        return inner(model, batches)
+        return inner(model, runs)
 
-    _recalibration.recalibrate_batch_norms = recalibrate
+    _recalibration.recalibrate_by_running = recalibrate
     try:
         return fit(
             folder,
@@ -220,7 +220,7 @@ def measured(folder: Path, *, broken: bool) -> dict[str, Any]:
             },
         )
     finally:
-        _recalibration.recalibrate_batch_norms = inner
+        _recalibration.recalibrate_by_running = inner
 
 
 def channels(folder: Path, *, double: bool, **options: Any) -> dict[str, Any]:

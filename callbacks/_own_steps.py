@@ -1,0 +1,285 @@
+"""Training batches of our own beside a trainer: through the module's `training_step` where it can be, without a trace.
+
+A module may normalise images, unpack a batch or call its networks in `training_step`, so only that shows what reaches
+the layers in training. Where it cannot be run (manual optimization, steps that need what eval mode does not give),
+``forward`` gets the first floating-point tensor of the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric, MetricCollection
+
+from bsdp.callbacks._evaluation import random_state_kept
+from bsdp.callbacks._measuring import as_parameters, call_network, only_network, own_iterator
+from bsdp.compiling import uncompiled
+from bsdp.probing import evaluating, first_tensor
+
+_INTERNAL = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
+
+
+def why_no_step(pl_module: LightningModule) -> str | None:
+    """Why `training_step` cannot be run on batches of our own, half a sentence; None if it can."""
+    if not pl_module.automatic_optimization:
+        return "in manual optimization `training_step` makes steps of its own"
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        return "`training_step` takes `dataloader_iter`"
+    return None
+
+
+class OwnPasses:
+    """Runs the module on its first training batches, through `training_step` where that is possible.
+
+    Args:
+        trainer: The trainer, in training.
+        pl_module: The module.
+        setting: What needs the passes, for errors.
+        batches: Batches to read in each process, at most; not more than an epoch has.
+        outputs: Whether what the network puts out is needed.
+    """
+
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, *, setting: str, batches: int, outputs: bool = False
+    ) -> None:
+        self.trainer, self.module, self.setting = trainer, pl_module, setting
+        self.limit = int(min(batches, trainer.num_training_batches))
+        self.outputs = outputs
+        self.stepping = why_no_step(pl_module) is None
+
+    def check(self) -> None:
+        """Find out on the first batch, if there is one, how the module can be run. Call it before `runs`.
+
+        Raises:
+            ValueError: If the module cannot be run on a batch alone, or there is no floating-point tensor in it.
+        """
+        with evaluating(self.module), self._steps(1, ()) as steps:
+            for step in steps:
+                self.stepping = self.stepping and self._can_step(step)
+                if not self.stepping:
+                    self._forward(step.batch)
+
+    def runs(self, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[], Any]]:
+        """A function for each batch that runs the module on it and gives the network's output, None if it was not seen.
+
+        Modes are the caller's. Random numbers, gradients, buffers, metrics, loggers and the module's own attributes are
+        as before once the iterator ends.
+
+        Args:
+            changing: Modules that keep the buffers they then have.
+        """
+        with self._steps(self.limit, changing) as steps:
+            for step in steps:
+                yield partial(self._step if self.stepping else self._forward_of, step)
+
+    @contextmanager
+    def _steps(self, limit: int, changing: Collection[nn.Module]) -> Iterator[Iterator[OwnStep]]:
+        with random_state_kept(), own_steps(self.trainer, self.module, limit, seed=0, changing=changing) as steps:
+            yield steps
+
+    def _can_step(self, step: OwnStep) -> bool:
+        # It may need what is not there, training mode or a state of its own, and raise whatever it likes.
+        try:
+            with torch.enable_grad():
+                output = self._step(step)
+        except Exception:
+            return False
+        return output is not None or not self.outputs
+
+    def _step(self, step: OwnStep) -> Any:
+        name, outputs = only_network(self.module), deque[Any](maxlen=1)
+        part = self.module.get_submodule(name) if name else self.module
+        handle = part.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            step()
+        finally:
+            handle.remove()
+        return outputs[0] if outputs else None
+
+    def _forward_of(self, step: OwnStep) -> Any:
+        return self._forward(step.batch)
+
+    def _forward(self, batch: Any) -> Any:
+        tensor = first_tensor(batch)
+        if tensor is None:
+            raise ValueError(
+                f"`{self.setting}` reads the first floating-point tensor of a training batch, and there is none."
+            )
+        try:
+            return call_network(self.module, as_parameters(tensor, self.module))
+        except Exception as error:  # whatever the user's forward may raise on an input we guessed
+            raise ValueError(
+                f"`{self.setting}` needs to run the module on training batches, but `training_step` cannot be run "
+                f"alone, and `forward` failed on the first tensor of a batch ({type(error).__name__}: {error})."
+            ) from error
+
+
+@contextmanager
+def own_steps(
+    trainer: Trainer, pl_module: LightningModule, batches: int, *, seed: int, changing: Collection[nn.Module] = ()
+) -> Iterator[Iterator[OwnStep]]:
+    """The first training batches of an order of our own, each with the step that the module makes of it.
+
+    Modules stay in the mode they are in. Afterwards buffers, metrics, loggers and the module's own attributes are as
+    before; random numbers are for the caller to keep.
+
+    Args:
+        trainer: The trainer, in training.
+        pl_module: The module.
+        batches: How many batches; there may be fewer.
+        seed: Of the order of the batches and everything else that is random.
+        changing: Modules that keep the buffers they then have.
+    """
+    with ExitStack() as stack:
+        for context in (uncompiled(), _muted(trainer, pl_module), _state_kept(pl_module, changing)):
+            stack.enter_context(context)
+        seed_all(seed)
+        stack.enter_context(_generators_kept(trainer.train_dataloader))
+        loader = islice(own_iterator(trainer.train_dataloader), batches)
+        yield (OwnStep(trainer, pl_module, batch, index, seed=seed + 1 + index) for index, batch in enumerate(loader))
+
+
+class OwnStep:
+    """A training step on one batch, with the same random numbers in every call."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int, *, seed: int) -> None:
+        self.trainer, self.module, self.index, self.seed = trainer, pl_module, index, seed
+        seed_all(seed)
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = _owner(trainer, pl_module, "on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+        self.batch = trainer.strategy.batch_to_device(batch)
+
+    def __call__(self) -> Any:
+        """What `training_step` returns."""
+        seed_all(self.seed)
+        step = self.module.training_step
+        batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.batch)
+        arguments = (batch, self.index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+        with self._precision():
+            return step(*arguments)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        plugin = self.trainer.precision_plugin
+        # Second derivatives drown in the rounding of autocast, and no gradient scaler is at work here.
+        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.train_step_context()
+
+
+def _owner(trainer: Trainer, pl_module: LightningModule, hook: str) -> Any:
+    """Who has a hook for batches: the data module, if it has its own, else the module."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return data if data is not None and is_overridden(hook, data, LightningDataModule) else pl_module
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """Give a loader's own random generators their states back."""
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
+    kept = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)
+
+
+@contextmanager
+def _muted(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Log nothing, to no logger, and put copies in the place of all metrics."""
+    loggers, originals = trainer.loggers, _metrics(pl_module)
+    names: tuple[str, ...] = ("log", "log_dict")
+    taken = {key: pl_module.__dict__[key] for key in names if key in pl_module.__dict__}
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        for parent, name, metric in originals:
+            parent._modules[name] = copy.deepcopy(metric)
+        # An attribute on the instance hides the method.
+        pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *_args, **_options: None
+        yield
+    finally:
+        for key in names:
+            pl_module.__dict__.pop(key, None)
+        pl_module.__dict__.update(taken)
+        for parent, name, metric in originals:
+            parent._modules[name] = metric
+        trainer.loggers = loggers
+
+
+def _metrics(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The outermost metrics of a module, with who holds them under which name."""
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+    for name, child in module.named_children():
+        found += [(module, name, child)] if isinstance(child, (Metric, MetricCollection)) else _metrics(child)
+    return found
+
+
+@contextmanager
+def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> Iterator[None]:
+    """Give buffers (but those of `changing`), and the plain attributes of the module itself, their values back."""
+    free = set(changing)
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in pl_module.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and module not in free
+    ]
+    attributes = {key: value for key, value in vars(pl_module).items() if key not in _INTERNAL}
+    contents = {k: _copied(v) for k, v in attributes.items() if isinstance(v, _CONTAINERS)}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
+        _restore(pl_module, attributes, contents)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of containers in containers; what they hold stays the same."""
+    result = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    if isinstance(result, dict):
+        result.update({key: _copied(entry) for key, entry in result.items()})
+    elif isinstance(result, (list, deque)):
+        entries = [_copied(entry) for entry in result]
+        result.clear()
+        result.extend(entries)
+    return result
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
+    for key in [key for key in vars(module) if key not in _INTERNAL and key not in attributes]:
+        del module.__dict__[key]
+    module.__dict__.update(attributes)
+    for key, content in contents.items():
+        value = attributes[key]
+        value.clear()
+        (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+
+
+_CONTAINERS = (list, deque, dict, set)

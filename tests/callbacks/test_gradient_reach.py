@@ -1,0 +1,58 @@
+"""Layers that run in training and get no gradient, whose bases would score zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
+
+
+class Frozen(Classifier):
+    """A backbone that runs without gradients, in one of several ways, below a head that trains."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(spread=True)
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, rest = self.first, self.rest
+        if self.how == "no_grad":
+            with torch.no_grad():
+                hidden = features(images)
+        elif self.how == "checkpoint":  # runs without gradients first, and again in the backward pass
+            hidden = checkpoint(features, images.requires_grad_(), use_reentrant=True)
+        else:
+            hidden = features(images).detach()
+        output: Tensor = rest(hidden)
+        return output
+
+
+def fit(folder: Path, how: str, **pruning: Any) -> IterativeBasisPruning:
+    callback = IterativeBasisPruning(**{"target": 0.3, "rounds": 1, "tolerance": None, "save_pruned": False, **pruning})
+    trainer = make_trainer(folder, [BasisDecomposition(), callback], max_epochs=3)
+    trainer.fit(Frozen(how), datamodule=Stripes())
+    return callback
+
+
+@pytest.mark.parametrize("importance", ["mean_square", "fisher", "second_order"])
+def test_layers_under_no_grad_are_refused_after_one_batch(tmp_path: Path, importance: str) -> None:
+    message = rf"`importance: {importance}` is made of gradients, but none reaches 2 .*first: 'first.0'.*no_grad"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, "no_grad", importance=importance)
+
+
+def test_layers_that_are_detached_are_refused_before_the_first_cut(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"detached from the loss, .* or score bases by `importance: energy`"):
+        fit(tmp_path, "detach")
+
+
+@pytest.mark.parametrize(("how", "importance"), [("no_grad", "energy"), ("checkpoint", "mean_square")])
+def test_layers_that_can_be_scored_are_not(tmp_path: Path, how: str, importance: str) -> None:
+    assert len(fit(tmp_path, how, importance=importance).record.rounds) == 2
