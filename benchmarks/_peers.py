@@ -207,6 +207,10 @@ class LightningModelPruning(Peer, ModelPruning):
         self.nonzero_ratio: float | None = None
         self._due, self._next_amount = False, 0.0
 
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store weights one after another: torch's pruning of all layers together takes no other layout."""
+        network_of(pl_module).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
     def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
         """Weights of convolutions and linear layers; a norm's are few and none of them is small."""
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

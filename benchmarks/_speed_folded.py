@@ -53,6 +53,7 @@ def _short(row: Row) -> str:
 
 
 def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Namespace) -> Iterator[Row]:
+    torch.compiler.reset()  # all networks here share the code of `forward`, which is compiled a few times at most
     image = torch.randn(1, 3, size, size)
     network = build(backbone).eval()
     networks, kept = {"original": bsdp.fold_batch_norm(network, image).model}, {"original": 1.0}

@@ -202,7 +202,7 @@ class DiffPruning(Callback):
         if planned is not None and planned - self._first_epoch <= self.gate_epochs:
             raise ValueError(
                 f"`gate_epochs={self.gate_epochs}` leaves no epoch for the projected delta: the trainer stops after "
-                f"{planned - self._first_epoch}. Let it train longer (`max_epochs`, `max_steps`), or lower `gate_epochs`."
+                f"{planned - self._first_epoch}. Train longer (`max_epochs`, `max_steps`), or lower `gate_epochs`."
             )
         if not self.record.rounds:
             self._add_round(trainer.current_epoch)

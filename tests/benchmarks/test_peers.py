@@ -26,7 +26,7 @@ def fit(
     folder: Path, callback: Peer, *, epochs: int = 4, backbone: str = "bsdp:resnet20"
 ) -> tuple[Trainer, TransferTask]:
     """Train on a few digits of 8 pixels; the run folder is ``folder/run``."""
-    module = TransferTask(backbone, 10, weights="none")
+    module = TransferTask(backbone, 10, weights="none", channels_last=True)
     data = DigitsDataModule(image_size=8, batch_size=32, samples_per_class=8, val_fraction=0.3)
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
