@@ -35,6 +35,14 @@ def finish_pruning(trainer: Trainer, pl_module: LightningModule) -> None:
             finish(trainer, pl_module)
 
 
+def follow_cut(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let the callback that decomposed the module choose what trains of pairs that have changed."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        follow = getattr(callback, "follow_cut", None)
+        if callable(follow):
+            follow(trainer, pl_module)
+
+
 def find_file(trainer: Trainer, attribute: str) -> Path | None:
     """A file that the pruning callback has written and names in an attribute, if it has.
 

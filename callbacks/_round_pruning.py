@@ -27,7 +27,8 @@ from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
 from bsdp.callbacks._random_states import random_states, restore_random_states
 from bsdp.callbacks._recalibration import recalibrate
-from bsdp.callbacks._records import describe_cut, structure_values
+from bsdp.callbacks._records import describe_cut, follow_cut, structure_values
+from bsdp.callbacks._round_messages import say_few_terms, say_finished, say_stopped, say_whole
 from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import forget_graphs
@@ -162,7 +163,7 @@ class RoundPruning(Callback, ABC):
         if self.record.cost.knows(self.settings.target_kind):
             self._print_ceiling()
         if cost.fixed_macs is not None:
-            self._print_whole()
+            say_whole(self.record)
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
             restore_random_states(self._loaded["random"])
@@ -296,11 +297,7 @@ class RoundPruning(Callback, ABC):
         self._agree(trainer)
         pruner = self._pruner()
         if not pruner.stopped and pruner.should_stop(trainer.current_epoch):
-            last = self.record.rounds[-1]
-            rank_zero_info(
-                f"bsdp: round {last.round} ended at {self.monitor}={last.accuracy_best:.4f}, more than the tolerance "
-                f"{self.settings.tolerance} from the reference {self.record.reference:.4f}: pruning stops"
-            )
+            say_stopped(self.record, self.settings, self.monitor)
         if pruner.stopped:
             trainer.should_stop = True
 
@@ -315,21 +312,7 @@ class RoundPruning(Callback, ABC):
         else:
             pruner.finish()
             chosen = self.record.rounds[-1]
-        if pruner.scheduled < pruner.settings.rounds and not pruner.stopped:
-            rank_zero_warn(
-                f"training ended after {pruner.scheduled} of {pruner.settings.rounds} pruning rounds, short of "
-                f"`target={self.settings.target}`: something other than the tolerance stopped it (`max_steps`, "
-                "`max_time`, `EarlyStopping`, ...). Let it train longer, or set fewer `rounds`."
-            )
-        params = self.record.kept(chosen, "params")
-        assert params is not None
-        if chosen.round == 0 and len(self.record.rounds) > 1 and self.settings.tolerance is not None:
-            rank_zero_warn(
-                f"no pruned model was within `tolerance={self.settings.tolerance}` of the reference "
-                f"{self.record.reference}: the module holds the unpruned model. Train longer per round, cut in more "
-                "rounds, or allow a larger tolerance."
-            )
-        rank_zero_info(f"bsdp: finished with the model of round {chosen.round}: {params:.1%} of the parameters kept")
+        say_finished(pruner, chosen)
         if self.save_pruned:
             self.checkpoint_path, self.weights_path = write_pruned(trainer, pl_module, pruner.network)
 
@@ -384,15 +367,6 @@ class RoundPruning(Callback, ABC):
         if words is not None:
             rank_zero_info(f"bsdp: {words}")
 
-    def _print_whole(self) -> None:
-        """Name the layers that no round will cut, once the network was seen to run."""
-        names = [name for name, layer in self.record.cost.layers.items() if layer.whole]
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            rank_zero_info(
-                f"bsdp: kept whole: {shown}: the model reads their weight or bias, or passes more than the input"
-            )
-
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
         pruner = self._pruner()
@@ -404,7 +378,7 @@ class RoundPruning(Callback, ABC):
             reason = str(error)
         else:
             pruner.set_cost(cost)
-            self._print_whole()
+            say_whole(self.record)
             if self.settings.target_kind == "macs":
                 self._print_ceiling()
             return
@@ -427,9 +401,7 @@ class RoundPruning(Callback, ABC):
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "follow_cut"):  # `BasisDecomposition`
-                callback.follow_cut(trainer, pl_module)
+        follow_cut(trainer, pl_module)
         self._pruner().start_epoch()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -442,7 +414,7 @@ class RoundPruning(Callback, ABC):
         if self.record.cost.fixed_macs is None:  # nobody measured, but training has shown which layers must stay whole
             pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
             if pruner.scheduled == 0:
-                self._print_whole()
+                say_whole(self.record)
         self._complete_scores(trainer, pl_module)
         self.prepare_cut(trainer, pl_module)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
@@ -474,11 +446,7 @@ class RoundPruning(Callback, ABC):
             add_curvature(trainer, pl_module, scores, batches=self.curvature_batches, seed=seed)
             if trainer.world_size > 1:
                 scores.reduce(lambda tensor: mean_over_processes(trainer, tensor))
-        if 0 < scores.steps < _FEW_TERMS:
-            rank_zero_info(
-                f"bsdp: epoch {trainer.current_epoch}: the cut ranks by scores of {scores.steps} {scores.unit} only: "
-                "more `epochs_per_round`, smaller batches, or `importance: fisher` (a term for every example) give more"
-            )
+        say_few_terms(scores, epoch=trainer.current_epoch)
 
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen just before a cut."""
@@ -495,5 +463,4 @@ class RoundPruning(Callback, ABC):
         self._watching.close()
 
 
-_FEW_TERMS = 4
 _ADVICE = "Set `example_input_array` in the LightningModule to one example."
