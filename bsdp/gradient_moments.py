@@ -165,7 +165,7 @@ def loss_of(outputs: Any, labels: Any, loss: Loss | None, generator: torch.Gener
 
 def summed_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Cross entropy of logits, in float32 at least, summed over the batch."""
-    _check_logits(outputs)
+    check_logits(outputs)
     logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
@@ -180,12 +180,13 @@ def drawn_labels(outputs: Any, generator: torch.Generator) -> Tensor:
     Returns:
         ``[batch, ...]``.
     """
-    _check_logits(outputs)
+    check_logits(outputs)
     shares = outputs.detach().double().cpu().movedim(1, -1).softmax(-1)
     return torch.multinomial(shares.flatten(0, -2), 1, generator=generator).view(shares.shape[:-1])
 
 
-def _check_logits(outputs: Any) -> None:
+def check_logits(outputs: Any) -> None:
+    """Refuse what is no tensor of logits, ``[batch, classes, ...]``, of two classes or more."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
         what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(

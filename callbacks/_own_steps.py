@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -25,12 +25,14 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric, MetricCollection
 
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, call_network, only_network, own_iterator
+from bsdp.callbacks._processes import mean_over_processes
 from bsdp.compiling import uncompiled
+from bsdp.gradient_moments import check_logits
 from bsdp.probing import evaluating, first_tensor
 
 _INTERNAL = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
@@ -72,9 +74,10 @@ class OwnPasses:
         """
         with evaluating(self.module), self._steps(1, ()) as steps:
             for step in steps:
-                self.stepping = self.stepping and self._can_step(step)
-                if not self.stepping:
-                    self._forward(step.batch)
+                self.stepping = self._agreed(self.stepping and self._can_step(step))
+                output = None if self.stepping else self._forward(step.batch)
+                if self.outputs and not self.stepping:
+                    check_logits(output)
 
     def runs(self, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[], Any]]:
         """A function for each batch that runs the module on it and gives the network's output, None if it was not seen.
@@ -87,7 +90,7 @@ class OwnPasses:
         """
         with self._steps(self.limit, changing) as steps:
             for step in steps:
-                yield partial(self._step if self.stepping else self._forward_of, step)
+                yield partial(self._run, step)
 
     @contextmanager
     def _steps(self, limit: int, changing: Collection[nn.Module]) -> Iterator[Iterator[OwnStep]]:
@@ -97,24 +100,43 @@ class OwnPasses:
     def _can_step(self, step: OwnStep) -> bool:
         # It may need what is not there, training mode or a state of its own, and raise whatever it likes.
         try:
-            with torch.enable_grad():
-                output = self._step(step)
+            output = self._step(step)
+            if self.outputs:
+                check_logits(output)
         except Exception:
             return False
-        return output is not None or not self.outputs
+        return True
+
+    def _agreed(self, stepping: bool) -> bool:
+        """The same in all processes."""
+        if self.trainer.world_size == 1:
+            return stepping
+        share = next(self.module.parameters()).new_tensor(float(stepping), dtype=torch.float32)
+        return float(mean_over_processes(self.trainer, share)) >= 1.0
+
+    def _run(self, step: OwnStep) -> Any:
+        if not self.stepping:
+            return self._forward(step.batch)
+        try:
+            output = self._step(step)
+        except Exception:  # a batch that is unlike the first one
+            return self._forward(step.batch)
+        return self._forward(step.batch) if output is None and self.outputs else output
 
     def _step(self, step: OwnStep) -> Any:
-        name, outputs = only_network(self.module), deque[Any](maxlen=1)
-        part = self.module.get_submodule(name) if name else self.module
-        handle = part.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        """What the module puts out in its step; its one network, where it does not call itself."""
+        name, own, inner = only_network(self.module), deque[Any](maxlen=1), deque[Any](maxlen=1)
+        handles = [self.module.register_forward_hook(lambda _module, _inputs, output: own.append(output))]
+        if name:
+            part = self.module.get_submodule(name)
+            handles.append(part.register_forward_hook(lambda _module, _inputs, output: inner.append(output)))
         try:
-            step()
+            with torch.enable_grad():  # a step may take gradients of its own
+                step()
         finally:
-            handle.remove()
-        return outputs[0] if outputs else None
-
-    def _forward_of(self, step: OwnStep) -> Any:
-        return self._forward(step.batch)
+            for handle in handles:
+                handle.remove()
+        return next(iter([*own, *inner]), None)
 
     def _forward(self, batch: Any) -> Any:
         tensor = first_tensor(batch)
@@ -196,7 +218,8 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def _generators_kept(loader: Any) -> Iterator[None]:
-    """Give a loader's own random generators their states back."""
+    """Give a loader's own random generators (of several loaders, those of the first) their states back."""
+    loader = next(iter(tree_leaves(loader)), None)
     holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     holders.append(getattr(holders[-1], "sampler", None))
     found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
@@ -240,7 +263,7 @@ def _metrics(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 @contextmanager
 def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> Iterator[None]:
-    """Give buffers (but those of `changing`), and the plain attributes of the module itself, their values back."""
+    """Give tensors (but buffers of `changing`), and the plain attributes of the module itself, their values back."""
     free = set(changing)
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -248,8 +271,10 @@ def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> 
         for name, buffer in module._buffers.items()
         if buffer is not None and module not in free
     ]
+    # Steps may change weights, as an average of others does; what they leave alone is not written.
+    weights = [(weight, weight._version, weight.detach().to("cpu", copy=True)) for weight in pl_module.parameters()]
     attributes = {key: value for key, value in vars(pl_module).items() if key not in _INTERNAL}
-    contents = {k: _copied(v) for k, v in attributes.items() if isinstance(v, _CONTAINERS)}
+    contents = _contents(attributes)
     try:
         yield
     finally:
@@ -257,29 +282,54 @@ def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> 
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(value)
-        _restore(pl_module, attributes, contents)
+            for weight, version, value in weights:
+                if weight._version != version:
+                    weight.copy_(value)
+        for key in [key for key in vars(pl_module) if key not in _INTERNAL and key not in attributes]:
+            del pl_module.__dict__[key]
+        pl_module.__dict__.update(attributes)
+        _restore(contents)
 
 
-def _copied(value: Any) -> Any:
-    """A copy of containers in containers; what they hold stays the same."""
-    result = copy.copy(value) if isinstance(value, _CONTAINERS) else value
-    if isinstance(result, dict):
-        result.update({key: _copied(entry) for key, entry in result.items()})
-    elif isinstance(result, (list, deque)):
-        entries = [_copied(entry) for entry in result]
-        result.clear()
-        result.extend(entries)
-    return result
+def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """All plain containers in some attributes, those in others too, and arrays, each with a copy of what it holds."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting: list[Any] = list(attributes.values())
+    while waiting:
+        value = waiting.pop()
+        if id(value) in found:
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            found[id(value)] = (value, value.detach().clone())
+        elif isinstance(value, np.ndarray):
+            found[id(value)] = (value, value.copy())
+        elif type(value) in _CONTAINERS:
+            found[id(value)] = (value, copy.copy(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return list(found.values())
 
 
-def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
-    for key in [key for key in vars(module) if key not in _INTERNAL and key not in attributes]:
-        del module.__dict__[key]
-    module.__dict__.update(attributes)
-    for key, content in contents.items():
-        value = attributes[key]
-        value.clear()
-        (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+def _restore(contents: list[tuple[Any, Any]]) -> None:
+    for value, content in contents:
+        if isinstance(value, Tensor):
+            with torch.no_grad():
+                value.copy_(content)
+        elif isinstance(value, np.ndarray):
+            value[...] = content
+        elif not _unchanged(value, content):
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
 
 
-_CONTAINERS = (list, deque, dict, set)
+def _unchanged(value: Any, content: Any) -> bool:
+    """Whether a container holds the very same things in the same places."""
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        return [*value] == [*content] and all(value[key] is content[key] for key in value)
+    if isinstance(value, set):
+        return bool(value == content)
+    return all(new is old for new, old in zip(value, content, strict=True))
+
+
+_CONTAINERS = (list, deque, dict, defaultdict, OrderedDict, set)

@@ -199,7 +199,7 @@ class RoundPruning(Callback, ABC):
         if stage is not None and stage.scores.importance not in ("energy", *DATA_FREE):
             self._reach = GradientReach(stage.pairs, stage.scores.importance)
         for setting in self.own_passes():
-            OwnPasses(trainer, pl_module, setting=setting, batches=1).check()
+            OwnPasses(trainer, pl_module, setting=setting, batches=1, outputs=setting == "metric: kfac").check()
 
     def own_passes(self) -> list[str]:
         """Settings for which the module is run on training batches beside the training."""
@@ -241,7 +241,7 @@ class RoundPruning(Callback, ABC):
         if is_watched(trainer, batch_idx, scored=stage is not None and stage.scores.needs_hooks):
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._watching.enter_context(pruner.collecting(loss_scale(trainer), parts))
-        if self._reach is not None and not self._reach.called:
+        if self._reach is not None and (batch_idx == 0 or not self._reach.called):
             self._watching.enter_context(self._reach.watching())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -256,8 +256,6 @@ class RoundPruning(Callback, ABC):
     ) -> None:
         """Stop watching; validation must not count."""
         self._detach()
-        if self._reach is not None:
-            self._reach.check_passes()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         distillation = None if self.pruner is None else self.pruner.distillation
@@ -290,9 +288,9 @@ class RoundPruning(Callback, ABC):
         """Log the structure, and stop when too many rounds ended below the tolerance."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self._reach is not None:
-            self._reach.check_gradients()
-        self._reach = None
+        problem = "" if self._reach is None else self._reach.problem()
+        if problem and trainer.current_epoch == self._pruner().first_epoch:
+            rank_zero_warn(f"{problem} If that is so in the epoch before the first cut, the run ends there.")
         self._log_structure(trainer, pl_module)
         self._agree(trainer)
         pruner = self._pruner()
@@ -403,6 +401,8 @@ class RoundPruning(Callback, ABC):
         self.prepare_epoch(trainer, pl_module)
         follow_cut(trainer, pl_module)
         self._pruner().start_epoch()
+        if self._reach is not None:
+            self._reach.start_epoch()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self._pruner()
@@ -415,6 +415,10 @@ class RoundPruning(Callback, ABC):
             pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
             if pruner.scheduled == 0:
                 say_whole(self.record)
+        problem = "" if self._reach is None else self._reach.problem()
+        if problem:
+            raise ValueError(problem)
+        self._reach = None
         self._complete_scores(trainer, pl_module)
         self.prepare_cut(trainer, pl_module)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):

@@ -173,7 +173,9 @@ class BasisDecomposition(Callback):
         self._condition(trainer, named_pairs(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since."""
+        """Keep frozen batch norms in eval mode, whoever called ``module.train()`` since; follow anybody's cuts."""
+        if batch_idx == 0:
+            self.follow_cut(trainer, pl_module)
         for module in self._fixed_batch_norms:
             if module.training:
                 module.eval()

@@ -70,8 +70,9 @@ class ChannelPruning(RoundPruning):
         criterion: How channels are scored, see above.
         ranking: ``global`` removes the least important first, ``per_cost`` the least important per unit of cost,
             ``local`` the same share of every group of channels, ``isomorphic`` the same share of every class of groups
-            with the same layers, ``priority`` the most redundant group first (for ``activation_cumsum``). Default:
-            ``priority`` for that criterion, else ``global``.
+            with the same layers, ``priority`` the most redundant group first (for ``activation_cumsum``). With few
+            images of each class scores are noise, and ``local`` or ``isomorphic`` lose less. Default: ``priority`` for
+            ``activation_cumsum``, else ``global``.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
         warmup_epochs: Epochs before the first cut; they give the reference value.

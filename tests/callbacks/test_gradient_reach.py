@@ -23,13 +23,15 @@ class Frozen(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         features, rest = self.first, self.rest
-        if self.how == "no_grad":
+        probing = self.how == "probing" and self.current_epoch == 0
+        critic = self.how == "critic" and self.training and self.trainer.fit_loop.epoch_loop.batch_idx == 0
+        if self.how == "no_grad" or probing or critic:
             with torch.no_grad():
                 hidden = features(images)
         elif self.how == "checkpoint":  # runs without gradients first, and again in the backward pass
             hidden = checkpoint(features, images.requires_grad_(), use_reentrant=True)
         else:
-            hidden = features(images).detach()
+            hidden = features(images).detach() if self.how == "detach" else features(images)
         output: Tensor = rest(hidden)
         return output
 
@@ -41,18 +43,24 @@ def fit(folder: Path, how: str, **pruning: Any) -> IterativeBasisPruning:
     return callback
 
 
+@pytest.mark.filterwarnings("ignore:.*the run ends there")
 @pytest.mark.parametrize("importance", ["mean_square", "fisher", "second_order"])
-def test_layers_under_no_grad_are_refused_after_one_batch(tmp_path: Path, importance: str) -> None:
-    message = rf"`importance: {importance}` is made of gradients, but none reaches 2 .*first: 'first.0'.*no_grad"
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_layers_without_gradients_are_refused_before_the_first_cut(tmp_path: Path, importance: str, how: str) -> None:
+    message = rf"`importance: {importance}` is made of gradients, .* none reached 2 .*\(first: 'first.0'\)"
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, "no_grad", importance=importance)
+        fit(tmp_path, how, importance=importance)
 
 
-def test_layers_that_are_detached_are_refused_before_the_first_cut(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"detached from the loss, .* or score bases by `importance: energy`"):
-        fit(tmp_path, "detach")
+def test_the_first_epoch_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="none reached 2 .* the run ends there"), pytest.raises(ValueError):
+        fit(tmp_path, "no_grad", warmup_epochs=2)
 
 
-@pytest.mark.parametrize(("how", "importance"), [("no_grad", "energy"), ("checkpoint", "mean_square")])
+@pytest.mark.filterwarnings("ignore:.*the run ends there")
+@pytest.mark.parametrize(
+    ("how", "importance"),
+    [("no_grad", "energy"), ("checkpoint", "mean_square"), ("probing", "mean_square"), ("critic", "mean_square")],
+)
 def test_layers_that_can_be_scored_are_not(tmp_path: Path, how: str, importance: str) -> None:
-    assert len(fit(tmp_path, how, importance=importance).record.rounds) == 2
+    assert len(fit(tmp_path, how, importance=importance, warmup_epochs=2).record.rounds) == 2

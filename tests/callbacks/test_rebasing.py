@@ -129,6 +129,37 @@ def test_kfac_needs_logits(tmp_path: Path) -> None:
         trainer.fit(module, datamodule=Stripes())
 
 
+def test_kfac_takes_the_logits_that_the_module_puts_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cool(Classifier):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * 0.05
+
+    class Nested(Classifier):
+        def forward(self, images: Tensor) -> Any:
+            return {"logits": super().forward(images)}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    seen: list[Tensor] = []
+
+    def look(outputs: Any, *_: Any) -> Tensor:
+        seen.append(outputs.detach())
+        return outputs.sum()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("bsdp.gradient_moments.loss_of", look)
+    trainer = make_trainer(tmp_path, callbacks(rebase="warmup", metric="kfac"), max_epochs=4)
+    trainer.fit(Cool(), datamodule=Stripes())
+    assert seen and all(outputs.abs().max() < 0.2 for outputs in seen)
+    trainer = make_trainer(tmp_path, callbacks(rebase="warmup", metric="kfac"), max_epochs=4)
+    with pytest.raises(ValueError, match=r"needs logits .* the model gave dict"):  # before any training
+        trainer.fit(Nested(), datamodule=Stripes())
+    assert trainer.global_step == 0
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="`metric: kfac` weighs bases by the loss"):
         BasisDecomposition(metric="kfac")  # type: ignore[arg-type]

@@ -91,6 +91,45 @@ def test_the_step_shows_what_reaches_the_layers() -> None:
     assert module.calls == [0] and module.norm.num_batches_tracked == 0
 
 
+def test_steps_leave_no_trace() -> None:
+    groups = [{"lr": 1.0}]
+
+    def step(module: Any, batch: Any) -> Tensor:
+        images = (batch[0] / 4 + 3).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(images).square().sum(), images)  # an adversarial example
+        outputs = module(images).sum()
+        with torch.no_grad():
+            module.linear.bias.mul_(0.5)
+            module.memory.add_(1.0)
+        module.history["losses"].append(gradient)
+        module.groups[0]["lr"] = 0.0
+        return outputs  # type: ignore[no-any-return]
+
+    module = network(step)
+    losses: list[Any] = []
+    module.history, module.groups, module.memory = {"losses": losses}, groups, torch.zeros(2)
+    images, expected = torch.randn(16, 3), network()
+    before = copy.deepcopy(module.linear.state_dict())
+    _recalibration.recalibrate(trainer_with(images), module, 1)
+    _recalibration.recalibrate(trainer_with(images / 4 + 3), expected, 1)
+    for own, by_hand in zip(statistics(module), statistics(expected), strict=True):
+        torch.testing.assert_close(own, by_hand)
+    assert not module.memory.any() and module.history["losses"] is losses and not losses
+    assert module.groups is groups and groups == [{"lr": 1.0}]
+    assert all(torch.equal(value, module.linear.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_later_batch_that_fails_in_the_step_goes_through_forward() -> None:
+    def step(module: Any, batch: Any) -> Tensor:
+        assert module.calls[-1] == 0
+        return module(batch[0]).sum()  # type: ignore[no-any-return]
+
+    images, module, expected = torch.randn(16, 3), network(step), network()
+    for each in (module, expected):
+        _recalibration.recalibrate(trainer_with(images), each, 3)
+    assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
+
+
 def test_no_more_batches_than_an_epoch_has() -> None:
     images, module, expected = torch.randn(16, 3), network(), network()
     trainer = trainer_with(images)
