@@ -160,8 +160,14 @@ def measure_cost(
 
     Raises:
         ValueError: If the table is of another network.
+
+    Warns:
+        UserWarning: If it was measured on inputs of another size.
     """
     if latency is not None:
+        shapes = [] if example_input is None else [tensor.shape for tensor in as_inputs(example_input)]
+        if shapes and (problem := latency.other_inputs(shapes)):
+            warnings.warn(problem, stacklevel=2)
         cost = measure_cost(model, example_input, new_bias=new_bias).with_latency(latency)
         limit_pairs(model, cost)
         return cost

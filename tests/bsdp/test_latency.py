@@ -113,12 +113,18 @@ def test_a_table_of_another_network_is_refused() -> None:
 
 
 def test_other_inputs_are_named() -> None:
-    table = table_of(decomposed())
-    assert table.input_shapes == ((1, 3, 8, 8),)
+    table = replace(table_of(decomposed()), input_shapes=((1, 3, 8, 8),))
     assert table.other_inputs([[1, 3, 8, 8]]) == table.other_inputs([(4, 3, 8, 8)]) == ""
     assert "[3, 8, 8]" in table.other_inputs([[1, 3, 64, 64]]) and "[3, 64, 64]" in table.other_inputs([[1, 3, 64, 64]])
     assert table.other_inputs([[1, 3, 8, 8], [1, 2]])
     assert replace(table, input_shapes=()).other_inputs([[1, 3, 64, 64]]) == ""  # it does not say
+
+
+def test_a_cost_at_another_size_warns() -> None:
+    model = decomposed()
+    with pytest.warns(UserWarning, match=r"measured on inputs of \[3, 8, 8\], but the network gets \[3, 12, 12\]"):
+        table = replace(table_of(model), input_shapes=((1, 3, 8, 8),))
+        bsdp.measure_cost(model, torch.randn(1, 3, 12, 12), latency=table)
 
 
 def test_times_are_made_to_rise() -> None:

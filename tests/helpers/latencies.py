@@ -18,7 +18,7 @@ def table_of(
     fixed: int = 1000,
     example: Tensor | None = None,
 ) -> bsdp.LatencyTable:
-    """One nanosecond per weight, and a hundred more per pair.
+    """One nanosecond per weight, and a hundred more per pair, for inputs of any size.
 
     Args:
         model: A decomposed model.
@@ -29,7 +29,7 @@ def table_of(
     """
     costs = bsdp.measure_cost(model, example).layers
     layers = {name: latency_of(cost, speed=speed, slow=name in slow) for name, cost in costs.items()}
-    return bsdp.LatencyTable(layers, fixed, batch_size=2, input_shapes=((1, 3, 8, 8),), multiple=4)
+    return bsdp.LatencyTable(layers, fixed, batch_size=2, input_shapes=(), multiple=4)
 
 
 def latency_of(cost: LayerCost, *, speed: float = 1.0, slow: bool = False) -> bsdp.LayerLatency:
