@@ -48,6 +48,8 @@ class GradientReach:
     def note_gradients(self) -> None:
         """Note the pairs whose factors have a gradient now, before a step of an optimizer."""
         self.steps += 1
+        if self.called and self.called <= self.reached:
+            return  # nothing to find out any more: this runs in every step
         self.reached |= {name for name, pair in self.pairs.items() if pair.scaling.delta.grad is not None}
 
     def problem(self) -> str:

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class OwnPasses:
         self.trainer, self.module, self.setting = trainer, pl_module, setting
         self.limit = int(min(batches, trainer.num_training_batches))
         self.outputs = outputs
-        self.stepping = why_no_step(pl_module) is None
+        self.reason = why_no_step(pl_module)
+        self.stepping = self.reason is None
 
     def check(self) -> None:
         """Find out on the first batch, if there is one, how the module can be run. Call it before `runs`.
@@ -76,8 +78,15 @@ class OwnPasses:
             for step in steps:
                 self.stepping = self._agreed(self.stepping and self._can_step(step))
                 output = None if self.stepping else self._forward(step.batch)
-                if self.outputs and not self.stepping:
+                if self.stepping:
+                    continue
+                if self.outputs:
                     check_logits(output)
+                if self.trainer.global_step == 0:
+                    rank_zero_info(
+                        f"bsdp: `{self.setting}` gives the first floating-point tensor of training batches to `forward`, "
+                        f"as it comes, because {self.reason or 'another process does'}"
+                    )
 
     def runs(self, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[], Any]]:
         """A function for each batch that runs the module on it and gives the network's output, None if it was not seen.
@@ -103,7 +112,8 @@ class OwnPasses:
             output = self._step(step)
             if self.outputs:
                 check_logits(output)
-        except Exception:
+        except Exception as error:
+            self.reason = f"`training_step` cannot be run alone ({type(error).__name__}: {error})"
             return False
         return True
 

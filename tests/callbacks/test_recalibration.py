@@ -31,6 +31,7 @@ def trainer_with(*tensors: Tensor, shuffle: bool = False, **options: Any) -> Any
         strategy=strategy,
         world_size=2 if options else 1,
         num_training_batches=len(loader),
+        global_step=0,
         loggers=[],
         datamodule=None,
         precision_plugin=Precision(),
@@ -139,15 +140,16 @@ def test_no_more_batches_than_an_epoch_has() -> None:
     assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
 
 
-def test_a_step_that_cannot_be_run_alone_leaves_forward() -> None:
+def test_a_step_that_cannot_be_run_alone_leaves_forward(caplog: pytest.LogCaptureFixture) -> None:
     def fails(module: Any, batch: Any) -> Tensor:
-        assert module.training
+        assert module.training, "no eval mode"
         return torch.zeros(())
 
     images, module, expected = torch.randn(16, 3), network(fails), network()
     for each in (module, expected):
         _recalibration.recalibrate(trainer_with(images), each, 2)
     assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
+    assert "of training batches to `forward`" in caplog.text and "(AssertionError: no eval mode" in caplog.text
     module.forward = None
     with pytest.raises(ValueError, match=r"`recalibration_batches` needs to run the module .* and `forward` failed"):
         _recalibration.recalibrate(trainer_with(images), module, 2)
