@@ -84,8 +84,8 @@ class OwnPasses:
                     check_logits(output)
                 if self.trainer.global_step == 0:
                     rank_zero_info(
-                        f"bsdp: `{self.setting}` gives the first floating-point tensor of training batches to `forward`, "
-                        f"as it comes, because {self.reason or 'another process does'}"
+                        f"bsdp: `{self.setting}` gives the first floating-point tensor of training batches to `forward`"
+                        f" as it comes, because {self.reason or 'another process does'}"
                     )
 
     def runs(self, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[], Any]]:
