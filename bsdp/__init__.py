@@ -6,7 +6,8 @@
 
 from bsdp.batch_norm_folding import BatchNormFolding, fold_batch_norm
 from bsdp.calibration import collect_output_moments, rebase
-from bsdp.channel_graph import ChannelGroup, UntraceableError, channel_groups, plan_removal
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_group import ChannelGroup, UntraceableError
 from bsdp.channel_importance import ChannelScores
 from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
 from bsdp.channel_selection import ChannelCost, ChannelPlan, select_channels

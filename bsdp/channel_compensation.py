@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.compensation import RIDGE, Reader, Selection, compensate, reconstruction_loss, select_inputs
 from bsdp.input_moments import InputMoments, Moments
 from bsdp.layers import BasisPair, is_transposed, layer_groups, spatial_dims, weight_of

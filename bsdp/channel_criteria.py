@@ -1,4 +1,4 @@
-"""How much a channel matters: the formulas, each for the units of one group (see `bsdp.channel_graph`).
+"""How much a channel matters: the formulas, each for the units of one group (see `bsdp.channel_group`).
 
 Scores are non-negative; higher means keep. Removing a unit means that every layer that reads it ignores it, so the
 first-order change of the loss is the sum of ``x * dL/dx`` over its readers, examples and positions.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_choice
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.factorize import to_float64
 from bsdp.layers import BasisPair, is_transposed, layer_groups, matrix_of, weight_of
 

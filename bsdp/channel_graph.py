@@ -1,105 +1,21 @@
-"""Which channels of which layers have to go together: the one place that knows torch-pruning.
-
-torch-pruning only ever sees a copy. Its dependency graph is read into `ChannelGroup`, plain names and positions. To
-learn what a removal does to every tensor, the copy's tensors are filled with the positions of their own elements before
-the graph prunes them: what is left there says which elements of the real tensors stay, whatever kind of layer it is.
-"""
+"""Which channels of which layers have to go together, read from a dependency graph into plain names and positions."""
 
 from __future__ import annotations
 
-import copy
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bsdp._checks import check_patterns, matches
-from bsdp.compiling import uncompiled
-from bsdp.folding import empty_folded
-from bsdp.layers import SUPPORTED_TYPES, named_pairs
+from bsdp.channel_check import groups_at_fault, removal_fault
+from bsdp.channel_group import ChannelGroup, ChannelMember, ModuleChange, UntraceableError
+from bsdp.dependency_graph import cut_copy, plain_copy, quietly, trace
+from bsdp.layers import SUPPORTED_TYPES
 from bsdp.probing import as_inputs
-from bsdp.scale_hooks import drop_scales
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_BLAME_SECONDS = 20.0  # to look for the layers at fault in a model that is refused
-_STEPS_PER_LINK = 20  # DenseNet-121 takes fewer steps than it has links
-_COUPLING_NORMS = (nn.LayerNorm, nn.GroupNorm)  # they mix channels, so a removed one is missed by its neighbours
-
-
-class UntraceableError(ValueError):
-    """The dependencies between the channels of a model could not be found, or are not what the graph says."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-
-
-@dataclass(frozen=True)
-class ChannelMember:
-    """One side of one layer that belongs to a group.
-
-    Attributes:
-        layer: Dotted name in the model.
-        side: ``"out"``: the layer makes the channels; ``"in"``: it reads them; ``"both"``: they pass one by one, as
-            through a depthwise convolution or a batch norm.
-        index: Positions of each unit on that side, ``[units, positions per unit]``.
-        batch_norm: Whether it is a batch norm.
-        weighted: Whether it is a convolution or linear layer.
-    """
-
-    layer: str
-    side: str
-    index: Tensor
-    batch_norm: bool = False
-    weighted: bool = True
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that can only be removed together, as in a residual stream.
-
-    Attributes:
-        name: Name of the layer it is called after, one that makes the channels.
-        units: Output channels of that layer per unit, ``[units, channels per unit]``. A unit is one channel, or one in
-            each group of a grouped convolution or group norm.
-        members: All sides of all layers that change with it.
-    """
-
-    name: str
-    units: Tensor
-    members: tuple[ChannelMember, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of units."""
-        return self.units.shape[0]
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return self.units.numel()
-
-    def sides(self, side: str) -> Iterator[ChannelMember]:
-        """Convolutions and linear layers on one side."""
-        return (member for member in self.members if member.weighted and member.side == side)
-
-
-@dataclass(frozen=True)
-class ModuleChange:
-    """What a removal does to one module.
-
-    Attributes:
-        tensors: For parameters and buffers that shrink, the flat positions that stay, in the new shape.
-        attributes: Sizes that change, such as ``out_channels``.
-    """
-
-    tensors: dict[str, Tensor]
-    attributes: dict[str, Any]
 
 
 def channel_groups(
@@ -135,17 +51,17 @@ def channel_groups(
     patterns = check_patterns("exclude", exclude, names)
     ignored = {name for name in names if matches(name, patterns)}
     try:
-        plain = _plain_copy(model)
-        groups = _read_groups(_trace(plain, inputs), plain, ignored)
+        plain = plain_copy(model)
+        groups = _read_groups(trace(plain, inputs), plain, ignored)
     except ImportError:
         raise
     except Exception as error:  # whatever the tracer stumbles over in a model it does not understand
         raise _untraceable(model, f"{type(error).__name__}: {error}") from error
     if not groups:
         raise _untraceable(model, "no channel can be removed without changing the output")
-    fault = _fault(model, inputs, groups) if check else None
+    fault = removal_fault(model, inputs, groups) if check else None
     if fault is not None:
-        bad = _at_fault(model, inputs, groups)
+        bad = groups_at_fault(model, inputs, groups)
         where = f"; these layers are at fault: {', '.join(bad)}" if bad else ""
         raise _untraceable(model, fault + where)
     return groups
@@ -168,95 +84,16 @@ def plan_removal(
     Returns:
         Changes by module name; modules that stay as they are are left out.
     """
-    copied = _plain_copy(model)
-    _cut(copied, as_inputs(example_input), groups, remove, number=True)
-    return _changes(_plain_copy(model), copied)
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with one plain layer, of undefined values, for every pair; all parameters want gradients."""
-    pairs = named_pairs(model).values()
-    memo: dict[int, Any] = {id(p): empty_folded(p, kind="fused", rank=p.rank, bias=True) for p in pairs}
-    with uncompiled(model):
-        plain = copy.deepcopy(model, memo).eval()
-    drop_scales(plain)
-    for parameter in plain.parameters():
-        parameter.grad = None
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    for module in plain.modules():
-        if getattr(module, "padding_mode", "zeros") != "zeros":
-            vars(module)["padding_mode"] = "zeros"  # other paddings are slices, which the graph takes for channels
-    for module in memo.values():
-        if isinstance(module, SUPPORTED_TYPES):
-            for parameter in module.parameters():
-                nn.init.constant_(parameter, 1e-3)  # memory as it was found may hold NaN, which some models refuse
-    return plain
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), uncompiled():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _torch_pruning() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch_pruning
-    except ImportError as error:
-        raise ImportError(
-            "channel pruning needs torch-pruning, which is not installed: `pip install 'bsdp[channels]'`. "
-            "Basis pruning needs it not."
-        ) from error
-    return torch_pruning
-
-
-def _trace(plain: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    library = _torch_pruning()
-    with _quietly():
-        graph = library.DependencyGraph().build_dependency(
-            plain, example_inputs=tuple(inputs) if len(inputs) > 1 else inputs[0], verbose=False
-        )
-    nodes = list(graph.module2node.values())
-    walk = _Walk(_STEPS_PER_LINK * (20 + sum(len(node.dependencies) for node in nodes)))
-    for node in nodes:
-        node.dependencies = _Links(node.dependencies, walk)
-    graph.walk = walk
-    return graph
-
-
-class _Walk:
-    """How far the library may go through the links of one graph; where slices stand in a circle it goes on for ever."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.steps = most, 0
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > self.most:
-            raise RecursionError("its dependencies go round in a circle")
-
-
-class _Links(list[Any]):
-    """Links of a node that count how often they are followed."""
-
-    def __init__(self, links: Iterable[Any], walk: _Walk) -> None:
-        super().__init__(links)
-        self.walk = walk
-
-    def __iter__(self) -> Iterator[Any]:
-        self.walk.step()
-        return super().__iter__()
+    copied = plain_copy(model)
+    cut_copy(copied, as_inputs(example_input), groups, remove, number=True)
+    return _changes(plain_copy(model), copied)
 
 
 def _read_groups(graph: Any, plain: nn.Module, exclude: set[str]) -> dict[str, ChannelGroup]:
     names = {module: name for name, module in plain.named_modules()}
     ignored = {module for name, module in plain.named_modules(remove_duplicate=False) if name in exclude}
     found: dict[str, ChannelGroup] = {}
-    with _quietly():
+    with quietly():
         for raw in graph.get_all_groups(ignored_layers=[], root_module_types=list(SUPPORTED_TYPES)):
             graph.walk.steps = 0  # of this group; the library looks for the next one when asked
             if any("OutputOp" in type(item.dep.target.module).__name__ for item in raw):
@@ -332,32 +169,6 @@ def _parts(module: nn.Module) -> int:
     return 1 if _depthwise(module) else int(getattr(module, "groups", 1))
 
 
-def _cut(
-    plain: nn.Module,
-    inputs: tuple[Any, ...],
-    groups: Mapping[str, ChannelGroup],
-    remove: Mapping[str, Tensor],
-    *,
-    number: bool,
-) -> None:
-    """Remove units from a plain copy through the graph; with `number`, of tensors that hold their own positions."""
-    graph = _trace(plain, inputs)
-    if number:
-        plain.double()
-        for tensor in (*plain.parameters(), *plain.buffers()):
-            if tensor.is_floating_point():
-                tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
-    modules = dict(plain.named_modules())
-    with _quietly():
-        for name, units in remove.items():
-            if not units.numel():
-                continue
-            graph.walk.steps = 0
-            root = modules[name]
-            channels = groups[name].units[units].flatten().sort().values.tolist()
-            graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, idxs=channels).prune()
-
-
 def _changes(before: nn.Module, after: nn.Module) -> dict[str, ModuleChange]:
     changes: dict[str, ModuleChange] = {}
     others = dict(after.named_modules())
@@ -382,76 +193,6 @@ def _is_size(value: object) -> bool:
     if isinstance(value, tuple):
         return all(type(entry) is int for entry in value)
     return type(value) is int
-
-
-def _fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> str | None:
-    """What is wrong with a copy that lacks half of the channels, compared with one whose readers ignore them."""
-    masked, cut = _plain_copy(model), _plain_copy(model)
-    remove = {name: torch.arange(group.size)[1::2] for name, group in groups.items()}
-    generator = torch.Generator().manual_seed(0)
-    for parameter, twin in zip(masked.parameters(), cut.parameters(), strict=True):
-        if parameter.is_floating_point() and parameter.dim() > 1:  # pretrained weights may hide a wrong position
-            scale = (2.0 / max(1, parameter[0].numel())) ** 0.5
-            twin.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            parameter.data.copy_(twin.data)
-    try:
-        _cut(cut, inputs, groups, remove, number=False)
-        _ignore(masked, groups, remove)
-        with torch.no_grad(), uncompiled():
-            expected, outputs = masked(*inputs), cut(*inputs)
-    except Exception as error:  # a wrong removal fails in the model's own forward
-        return f"without some channels it fails ({type(error).__name__}: {error})"
-    if any(isinstance(module, _COUPLING_NORMS) for module in model.modules()):
-        return None
-    leaves = zip(tree_leaves(expected), tree_leaves(outputs), strict=True)
-    if all(_same(one, other) for one, other in leaves if isinstance(one, Tensor) and one.is_floating_point()):
-        return None
-    return "its outputs show that the graph connects the wrong channels"
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-3 * one.abs().max().clamp(min=1e-6))
-
-
-def _at_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> list[str]:
-    """Groups that go wrong on their own, found by halving; only the first ones where that takes long."""
-    bad: list[str] = []
-    parts = [list(groups)]
-    deadline = time.monotonic() + _BLAME_SECONDS
-    while parts and time.monotonic() < deadline:
-        names = parts.pop()
-        if _fault(model, inputs, {name: groups[name] for name in names}) is None:
-            continue
-        if len(names) == 1:
-            bad += names
-        else:
-            half = len(names) // 2
-            parts += [names[half:], names[:half]]
-    return bad
-
-
-@torch.no_grad()
-def _ignore(plain: nn.Module, groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> None:
-    """Let every reader ignore the units, by zeros in its weights."""
-    for name, units in remove.items():
-        for member in groups[name].sides("in"):
-            layer = plain.get_submodule(member.layer)
-            weight: Any = layer.weight
-            index = member.index[units].flatten()
-            if getattr(layer, "transposed", False):
-                weight[index] = 0
-            elif int(getattr(layer, "groups", 1)) == 1:
-                weight[:, index] = 0
-            else:
-                _zero_grouped(weight, index, int(layer.groups))  # type: ignore[arg-type]
-
-
-def _zero_grouped(weight: Tensor, index: Tensor, groups: int) -> None:
-    per_group = weight.shape[1]
-    outputs = weight.shape[0] // groups
-    for position in index.tolist():
-        group = position // per_group
-        weight[group * outputs : (group + 1) * outputs, position % per_group] = 0
 
 
 def _untraceable(model: nn.Module, reason: str) -> UntraceableError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bsdp import channel_criteria as criteria
 from bsdp._checks import check_choice
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.channel_terms import StepTerms
 from bsdp.channel_watching import Readers, by_example
 from bsdp.compiling import uncompiled

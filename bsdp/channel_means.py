@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.channel_watching import by_example
 from bsdp.compiling import uncompiled
 from bsdp.input_watching import watch_inputs

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.channel_criteria import data_free_scores
-from bsdp.channel_graph import ChannelGroup, channel_groups, plan_removal
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_group import ChannelGroup
 from bsdp.channel_importance import CRITERIA, ChannelScores
 from bsdp.channel_means import InputMeans, move_means_to_bias
 from bsdp.channel_scales import ScaleScores, add_scales, keep_scales

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.importance import NoScoresError
 from bsdp.layers import BasisPair, set_data
 from bsdp.pruning import cut_optimizer_state

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.channel_criteria import kept_by_cumsum
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 from bsdp.cost import LayerCost, Positions, layer_cost
 from bsdp.layers import BasisPair, weight_of
 from bsdp.scale_hooks import reader_inputs

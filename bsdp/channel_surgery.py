@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp.channel_graph import ModuleChange
+from bsdp.channel_group import ModuleChange
 from bsdp.factorize import factorize, to_float64
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
 from bsdp.widths import mark_widths

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bsdp.channel_graph import ChannelGroup
+from bsdp.channel_group import ChannelGroup
 
 
 class Readers:

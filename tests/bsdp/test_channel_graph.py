@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
-from bsdp import channel_graph
-from bsdp.channel_graph import UntraceableError, channel_groups, plan_removal
+from bsdp import channel_check, channel_graph
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_group import ChannelGroup, UntraceableError
 from bsdp.channel_surgery import remove_channels
 from bsdp.cifar_nets import CifarResNet
 from tests.helpers.channel_removal import (
@@ -200,7 +201,7 @@ def test_excluding_the_layers_at_fault_makes_them_work(
 
 
 def test_the_search_for_layers_at_fault_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_graph, "_BLAME_SECONDS", 0.0)
+    monkeypatch.setattr(channel_check, "_BLAME_SECONDS", 0.0)
     with pytest.raises(UntraceableError, match=r"fails \(") as error:
         channel_groups(TokenNet(), torch.zeros(1, 5, 10))
     assert "at fault:" not in str(error.value)
@@ -209,7 +210,7 @@ def test_the_search_for_layers_at_fault_is_bounded(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_graph_is_noticed_by_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     read = channel_graph._read_groups
 
-    def shifted(*arguments: object) -> dict[str, channel_graph.ChannelGroup]:
+    def shifted(*arguments: object) -> dict[str, ChannelGroup]:
         groups = read(*arguments)  # type: ignore[arg-type]
         reader = groups["conv1"].members[-1]
         object.__setattr__(reader, "index", reader.index.roll(1, 0))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bsdp
-from bsdp.channel_graph import UntraceableError
+from bsdp.channel_group import UntraceableError
 from bsdp.channel_pruner import ALL_CRITERIA, ChannelPruner, ChannelPruningSettings
 from bsdp.cifar_nets import CifarResNet
 from bsdp.scale_hooks import scales_of

@@ -10,6 +10,7 @@ from torch import nn
 
 import bsdp
 from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_group import ChannelGroup
 from bsdp.channel_scales import ScaleScores, add_scales, keep_scales, scale_layout
 from bsdp.channel_surgery import remove_channels
 from bsdp.importance import NoScoresError
@@ -18,7 +19,7 @@ from tests.helpers.channel_removal import TRACEABLE, ignoring, traceable_batch, 
 from tests.helpers.compare import assert_same_state, decomposed, snapshot
 
 
-def scaled(name: str, *, low: float = 0.5) -> tuple[nn.Module, dict[str, bsdp.channel_graph.ChannelGroup]]:
+def scaled(name: str, *, low: float = 0.5) -> tuple[nn.Module, dict[str, ChannelGroup]]:
     net = traceable_net(name)
     groups = channel_groups(net, traceable_batch(name, batch=1))
     scales = add_scales(net, groups)

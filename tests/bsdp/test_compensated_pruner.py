@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.channel_compensation import Compensation, collect_input_moments, norms_after, unfit_groups
-from bsdp.channel_graph import UntraceableError
+from bsdp.channel_group import UntraceableError
 from tests.helpers.channel_nets import channel_batch, channel_net, groups_of
 from tests.helpers.nets import ConvNet
 

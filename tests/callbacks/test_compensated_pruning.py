@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, CompensatedPruning, PruningReport
-from bsdp.channel_graph import UntraceableError
+from bsdp.channel_group import UntraceableError
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
 

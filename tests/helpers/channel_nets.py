@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bsdp.channel_graph import ChannelGroup, ChannelMember, channel_groups
+from bsdp.channel_graph import channel_groups
+from bsdp.channel_group import ChannelGroup, ChannelMember
 from bsdp.cifar_nets import CifarResNet
 from tests.helpers.nets import GroupedNet
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsdp.channel_graph import ChannelGroup, channel_groups, plan_removal
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_group import ChannelGroup
 from bsdp.channel_surgery import remove_channels
 from tests.helpers.channel_nets import CHANNEL_NETS, channel_batch, channel_net
 from tests.helpers.nets import make_input, make_net
