@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._own_steps import OwnStep, own_steps, why_no_step
+from bsdp.callbacks._processes import mean_over_processes
 from bsdp.importance import ScoreAccumulator
 
 _ADVICE = "Choose another score, such as `importance: fisher`."
@@ -56,6 +57,18 @@ def add_curvature(
         for step in steps:
             with suppress(_Skipped):
                 scores.update_curvature(partial(_loss_of, step), generator=signs)
+
+
+def complete_scores(
+    trainer: Trainer, pl_module: LightningModule, scores: ScoreAccumulator, *, batches: int, seed: int
+) -> None:
+    """Before a cut, take the curvature if scores are made of it, in all processes; see `add_curvature`."""
+    if not scores.needs_curvature:
+        return
+    scores.reset()
+    add_curvature(trainer, pl_module, scores, batches=batches, seed=seed)
+    if trainer.world_size > 1:
+        scores.reduce(lambda tensor: mean_over_processes(trainer, tensor))
 
 
 class _Skipped(Exception):

@@ -70,6 +70,23 @@ def measure_module_cost(
     return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
 
 
+def measure_on_own_example(
+    pl_module: LightningModule, network: str, *, new_bias: bool
+) -> tuple[ModelCost, list[list[int]]]:
+    """`measure_module_cost` on the module's ``example_input_array``.
+
+    Raises:
+        ValueError: If the module's ``forward`` does not take it.
+    """
+    try:
+        return measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
+    except Exception as error:  # whatever the user's forward may raise
+        raise ValueError(
+            f"`forward` of {type(pl_module).__name__} failed on its `example_input_array` "
+            f"({type(error).__name__}: {error}): make it one example of what `forward` takes."
+        ) from error
+
+
 def measure_on_batch(
     pl_module: LightningModule, network: str, batch: Any, *, new_bias: bool
 ) -> tuple[ModelCost, list[list[int]]]:

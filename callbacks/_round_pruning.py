@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from torch.optim import Optimizer
 import bsdp
 from bsdp._checks import check_whole
 from bsdp.basis_stage import BasisStage
+from bsdp.callbacks._batch_watch import BatchWatch
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
-from bsdp.callbacks._curvature import add_curvature, check_curvature
+from bsdp.callbacks._curvature import check_curvature, complete_scores
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._gradient_reach import GradientReach
-from bsdp.callbacks._measuring import first_example, measure_module_cost, measure_on_batch, only_network
-from bsdp.callbacks._monitoring import is_watched, log_around_cut, loss_scale, monitored_value, shows_metrics
+from bsdp.callbacks._measuring import first_example, measure_on_batch, measure_on_own_example, only_network
+from bsdp.callbacks._monitoring import log_around_cut, monitored_value, shows_metrics
 from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import mean_over_processes, rewrap
 from bsdp.callbacks._pruned_files import write_pruned
@@ -33,7 +32,6 @@ from bsdp.callbacks._scheduling import check_validation, scheduled_settings
 from bsdp.callbacks._trainer_checks import refuse_optimizers, refuse_unsupported
 from bsdp.compiling import forget_graphs
 from bsdp.cost import ModelCost
-from bsdp.importance import DATA_FREE
 from bsdp.record import PruningRecord
 from bsdp.round_settings import RoundSettings
 from bsdp.rounds import RoundPruner
@@ -77,8 +75,7 @@ class RoundPruning(Callback, ABC):
         self.checkpoint_path: Path | None = None
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
-        self._watching = ExitStack()
-        self._reach: GradientReach | None = None  # in the first epoch of a fit
+        self._watch: BatchWatch | None = None
 
     @property
     def record(self) -> PruningRecord:
@@ -122,7 +119,7 @@ class RoundPruning(Callback, ABC):
         load_shape_first(trainer)
         if stage != "fit":
             return
-        self.pruner = self._reach = None  # another fit starts anew
+        self.pruner = self._watch = None  # another fit starts anew
         self._loaded = self.checkpoint_path = self.weights_path = None
         refuse_unsupported(trainer, self)
         write_whole_checkpoints(trainer)
@@ -140,14 +137,7 @@ class RoundPruning(Callback, ABC):
         part = pl_module.get_submodule(network) if network else pl_module
         shapes: list[list[int]] = []
         if pl_module.example_input_array is not None:
-            example = pl_module.example_input_array
-            try:
-                cost, shapes = measure_module_cost(pl_module, network, example, new_bias=self.new_bias)
-            except Exception as error:  # whatever the user's forward may raise
-                raise ValueError(
-                    f"`forward` of {type(pl_module).__name__} failed on its `example_input_array` "
-                    f"({type(error).__name__}: {error}): make it one example of what `forward` takes."
-                ) from error
+            cost, shapes = measure_on_own_example(pl_module, network, new_bias=self.new_bias)
         elif self._loaded is not None and self.needs_example:
             shapes = self._loaded["record"]["input_shapes"]
             cost = bsdp.measure_cost(part, tuple(torch.zeros(s) for s in shapes), new_bias=self.new_bias)
@@ -159,6 +149,7 @@ class RoundPruning(Callback, ABC):
 
     def _build(self, pl_module: LightningModule, cost: ModelCost, network: str, shapes: list[list[int]]) -> None:
         self.pruner = self.build(pl_module, cost, network=network, shapes=shapes)
+        self._watch = BatchWatch(self.pruner, self._basis_stage())
         self.record.input_shapes = shapes
         if self.record.cost.knows(self.settings.target_kind):
             self._print_ceiling()
@@ -196,8 +187,6 @@ class RoundPruning(Callback, ABC):
         stage = self._basis_stage()
         if stage is not None and stage.scores.needs_curvature:
             check_curvature(trainer, pl_module)
-        if stage is not None and stage.scores.importance not in ("energy", *DATA_FREE):
-            self._reach = GradientReach(stage.pairs, stage.scores.importance)
         for setting in self.own_passes():
             OwnPasses(trainer, pl_module, setting=setting, batches=1, outputs=setting == "metric: kfac").check()
 
@@ -230,43 +219,26 @@ class RoundPruning(Callback, ABC):
         """Measure MACs on the first batch, and watch the network on some batches."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        pruner = self._pruner()
         if self.record.cost.fixed_macs is None and not self.record.input_shapes:
             self._measure(trainer, pl_module, batch)
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
-        self._detach()
-        self._distil(trainer)
-        stage = self._basis_stage()
-        if is_watched(trainer, batch_idx, scored=stage is not None and stage.scores.needs_hooks):
-            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._watching.enter_context(pruner.collecting(loss_scale(trainer), parts))
-        if self._reach is not None and (batch_idx == 0 or not self._reach.called):
-            self._watching.enter_context(self._reach.watching())
+        self._watching().attach(trainer, pl_module, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
         if self.pruner is not None:
             self.pruner.update(optimizer)
-        if self._reach is not None:
-            self._reach.note_gradients()
+        if self._watch is not None:
+            self._watch.note_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop watching; validation must not count."""
         self._detach()
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        distillation = None if self.pruner is None else self.pruner.distillation
-        # Automatic optimization gives nothing for a batch that the module skips.
-        trained = bool(outputs) or not pl_module.automatic_optimization
-        if distillation is not None and distillation.seen == 0 and trained:
-            raise ValueError(
-                f"`distillation` needs the class scores of every batch, but `training_step` did not call "
-                f"{distillation.shown}: call it there (`self(...)`, not `self.forward(...)`), name the module that "
-                "returns them in `distillation_module`, or set `distillation: 0`."
-            )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._watching().check_taught(pl_module, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the monitored value."""
@@ -288,7 +260,7 @@ class RoundPruning(Callback, ABC):
         """Log the structure, and stop when too many rounds ended below the tolerance."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        problem = "" if self._reach is None else self._reach.problem()
+        problem = self._watching().problem()
         if problem and trainer.current_epoch == self._pruner().first_epoch:
             rank_zero_warn(f"{problem} If that is so in the epoch before the first cut, the run ends there.")
         self._log_structure(trainer, pl_module)
@@ -400,9 +372,7 @@ class RoundPruning(Callback, ABC):
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
         follow_cut(trainer, pl_module)
-        self._pruner().start_epoch()
-        if self._reach is not None:
-            self._reach.start_epoch()
+        self._watching().start_epoch()
 
     def _cut_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self._pruner()
@@ -415,11 +385,12 @@ class RoundPruning(Callback, ABC):
             pruner.set_cost(bsdp.measure_cost(pruner.network, new_bias=self.new_bias))
             if pruner.scheduled == 0:
                 say_whole(self.record)
-        problem = "" if self._reach is None else self._reach.problem()
-        if problem:
-            raise ValueError(problem)
-        self._reach = None
-        self._complete_scores(trainer, pl_module)
+        self._watching().check_scores()
+        stage = self._basis_stage()
+        if stage is not None:
+            seed, batches = pruner.scheduled, self.curvature_batches
+            complete_scores(trainer, pl_module, stage.scores, batches=batches, seed=seed)
+            say_few_terms(stage.scores, epoch=trainer.current_epoch)
         self.prepare_cut(trainer, pl_module)
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             rewrap(trainer)
@@ -438,33 +409,16 @@ class RoundPruning(Callback, ABC):
         stage = self._pruner().stages.get("basis")
         return stage if isinstance(stage, BasisStage) else None
 
-    def _complete_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the curvature if scores need it, and say so when they come from very little."""
-        stage = self._basis_stage()
-        if stage is None:
-            return
-        scores = stage.scores
-        if scores.needs_curvature:
-            scores.reset()
-            seed = self._pruner().scheduled
-            add_curvature(trainer, pl_module, scores, batches=self.curvature_batches, seed=seed)
-            if trainer.world_size > 1:
-                scores.reduce(lambda tensor: mean_over_processes(trainer, tensor))
-        say_few_terms(scores, epoch=trainer.current_epoch)
-
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has to happen just before a cut."""
 
-    def _distil(self, trainer: Trainer) -> None:
-        """Attach the teacher after the first cut; before it, see in the first batch that there is something to hold."""
-        pruner = self._pruner()
-        distillation = pruner.distillation
-        if distillation is not None and (distillation.started or distillation.seen == 0):
-            steps = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
-            self._watching.enter_context(pruner.distilling(loss_scale(trainer) / steps))
+    def _watching(self) -> BatchWatch:
+        assert self._watch is not None
+        return self._watch
 
     def _detach(self) -> None:
-        self._watching.close()
+        if self._watch is not None:
+            self._watch.detach()
 
 
 _ADVICE = "Set `example_input_array` in the LightningModule to one example."

@@ -188,14 +188,14 @@ class TwoTemperaturePruning(RoundPruning):
         """As in `RoundPruning`; in the search, put the gates in for the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not trainer.fast_dev_run and self._searcher().searching(trainer.current_epoch):  # type: ignore[attr-defined]
-            self._watching.enter_context(self._searcher().gated(trainer.current_epoch, loss_scale(trainer)))
+            self._watching().also(self._searcher().gated(trainer.current_epoch, loss_scale(trainer)))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In the search, put the gates in for the validation."""
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
             return
         if self._searcher().searching(trainer.current_epoch):
-            self._watching.enter_context(self._searcher().gated(trainer.current_epoch))
+            self._watching().also(self._searcher().gated(trainer.current_epoch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the monitored value, then take the gates out."""
