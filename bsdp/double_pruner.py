@@ -100,7 +100,7 @@ class DoublePruningSettings(ChannelPruningSettings):
     split: float | Literal["auto"] = "auto"
     importance: Importance = "mean_square"
     score_momentum: float = 0.0
-    ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost"
     sparsifier: Literal["none", "l1"] = "none"
     sparsity_weight: float = 0.0
     min_rank: int = 1

@@ -71,7 +71,7 @@ class PruningSettings(RoundSettings):
 
     importance: Importance = "mean_square"
     score_momentum: float = 0.0
-    ranking: Literal["importance", "per_cost", "hull"] = "per_cost"
+    ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost"
     rebase: Literal["never", "warmup", "every_round"] = "never"
     metric: Literal["euclidean", "activation", "kfac"] = "activation"
     centred: bool = False

@@ -1,4 +1,4 @@
-"""Choosing which bases to remove: one global ranking, down to a share or a budget.
+"""Choosing which bases to remove: one ranking of all layers, down to a share or a budget.
 
 The unit of removal is, in every layer, the i-th weakest basis of all its groups together, so that groups keep equal
 ranks. Costs follow the deployment rule of `bsdp.cost`: above a layer's break-even rank a removal saves nothing.
@@ -6,6 +6,7 @@ ranks. Costs follow the deployment rule of `bsdp.cost`: above a layer's break-ev
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.cost import BASIS_KINDS, LayerCost, ModelCost
 
-RANKINGS = ("importance", "per_cost", "hull")
+RANKINGS = ("importance", "per_cost", "hull", "local", "isomorphic")
 
 _ROUNDING = 1e-9  # 20 * (1 - 0.95) is a little more than 1; counts must not change for that
 
@@ -100,7 +101,9 @@ def select(
         ranking: ``"importance"`` removes the least important first; ``"per_cost"`` the least important per unit of
             cost; ``"hull"`` ranks segments of each layer's lower convex hull of (importance lost, cost saved), so that
             a layer is only cut when the cut gets below its break-even rank. With `ratio` every unit costs 1, and the
-            three agree.
+            three agree. ``"local"`` removes the same share of every layer, ``"isomorphic"`` the same share of every
+            class of layers of the same shape (as Fang et al., arXiv 2407.04616, do with channels): for scores that
+            say little about one layer against another.
         min_rank: Rank per group that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one plan may remove.
         rank_multiple: Ranks that a layer is cut to are multiples of it (or all that it has), as wide as the vectors of
@@ -136,9 +139,15 @@ def select(
         assert budget is not None
         available = budget - cost.fixed(kind)
     tables = [_cost_table(unit, kind, cost.new_bias) for unit in units]
+    places = _places(units, ranking) if ranking in ("local", "isomorphic") else None
     steps: list[_Step] = []
     for i, (unit, table) in enumerate(zip(units, tables, strict=True)):
-        steps += _hull_steps(i, unit, table) if ranking == "hull" else _single_steps(i, unit, ranking, kind)
+        if ranking == "hull":
+            steps += _hull_steps(i, unit, table)
+        elif places is not None:
+            steps += [_Step(places[i][end - 1], i, end - start) for start, end in itertools.pairwise(unit.stops)]
+        else:
+            steps += _single_steps(i, unit, ranking, kind)
     removed, reached = _remove(units, tables, steps, available)
     if kind not in ("units", "bases"):
         removed = [_worth_it(unit, count) for unit, count in zip(units, removed, strict=True)]
@@ -260,6 +269,23 @@ def _single_steps(layer: int, unit: _Units, ranking: str, kind: str) -> Iterator
         divisor = 1.0 if kind == "units" else float(unit.cost.slope(kind))  # the slope below break-even
     for start, end in itertools.pairwise(unit.stops):
         yield _Step(sum(unit.importance[start:end]) / (end - start) / divisor, layer, end - start)
+
+
+def _places(units: list[_Units], ranking: str) -> list[list[float]]:
+    """Place of each unit, weakest first, in its layer or among all units of its class, as a share in (0, 1]."""
+    if ranking == "local":
+        return [[(i + 1) / unit.rank for i in range(unit.rank)] for unit in units]
+    classes: dict[tuple[int, ...], list[float]] = {}
+    shapes = [(unit.cost.fan_in, unit.cost.out_channels, unit.cost.groups) for unit in units]
+    for unit, shape in zip(units, shapes, strict=True):
+        if unit.cost.cuttable:
+            classes.setdefault(shape, []).extend(unit.importance)
+    ordered = {shape: sorted(values) for shape, values in classes.items()}
+    places = []
+    for unit, shape in zip(units, shapes, strict=True):
+        values = ordered.get(shape, [])
+        places.append([bisect.bisect_right(values, value) / max(1, len(values)) for value in unit.importance])
+    return places
 
 
 def _hull_steps(layer: int, unit: _Units, table: list[float]) -> Iterator[_Step]:

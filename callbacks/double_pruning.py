@@ -99,7 +99,7 @@ class DoublePruning(RoundPruning):
         importance: Importance = "mean_square",
         score_momentum: float = 0.0,
         curvature_batches: int = 8,
-        ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
+        ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
         warmup_epochs: int = 1,

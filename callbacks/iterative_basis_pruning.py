@@ -65,7 +65,9 @@ class IterativeBasisPruning(RoundPruning):
         curvature_batches: Training batches that ``importance: second_order`` reads before each cut. The loss is that
             which ``training_step`` returns for them, in float32 where precision is mixed; nothing is logged.
         ranking: ``importance`` removes the least important bases first, ``per_cost`` the least important per unit of
-            cost, ``hull`` cuts a layer only where it gets below its break-even rank.
+            cost, ``hull`` cuts a layer only where it gets below its break-even rank, ``local`` removes the same share
+            of every layer, ``isomorphic`` the same share of every class of layers of the same shape. With few images
+            of each class scores of different layers are hard to compare, and the last two lose less.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
             null: prune to the budget whatever happens.
         monitor: Name of the logged validation metric.
@@ -120,7 +122,7 @@ class IterativeBasisPruning(RoundPruning):
         importance: Importance = "mean_square",
         score_momentum: float = 0.0,
         curvature_batches: int = 8,
-        ranking: Literal["importance", "per_cost", "hull"] = "per_cost",
+        ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost",
         tolerance: float | None = 0.01,
         monitor: str = "val_accuracy",
         mode: Literal["max", "min"] = "max",

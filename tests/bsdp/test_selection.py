@@ -175,6 +175,21 @@ def test_hull_leaves_a_layer_whole_or_cuts_it_below_break_even() -> None:
     assert 32 <= wasteful.ranks["b"] < 64  # cut, and still fused: lost for nothing
 
 
+def test_local_takes_the_same_share_of_every_layer() -> None:
+    cost = ModelCost({"a": layer(20, 20), "b": layer(8, 8), "c": layer(8, 8, groups=2)})
+    importance = {"a": torch.zeros(20), "b": torch.ones(8), "c": torch.full((8,), 9.0)}
+    plan = select(importance, cost, ratio=0.5, ranking="local")
+    assert plan.ranks == {"a": 10, "b": 4, "c": 2}
+
+
+def test_isomorphic_compares_layers_of_the_same_shape_only() -> None:
+    layers = {"a": layer(10, 10), "b": layer(10, 10), "odd": layer(10, 5), "whole": replace(layer(10, 10), whole=True)}
+    importance = {"a": torch.arange(10.0), "b": 10 + torch.arange(10.0), "odd": 1e6 + torch.arange(5.0)}
+    plan = select({**importance, "whole": torch.zeros(10)}, ModelCost(layers), ratio=0.2, ranking="isomorphic")
+    assert plan.ranks == {"a": 4, "b": 10, "odd": 4, "whole": 10}  # 6 of 20, 1 of 5: 7 of 35 units
+    assert select({**importance, "whole": torch.zeros(10)}, ModelCost(layers), ratio=0.2).ranks["odd"] == 5
+
+
 def test_hull_does_not_merge_ties_into_one_large_step() -> None:
     cost = ModelCost({"a": layer(64, 64)})
     plan = select({"a": torch.zeros(64)}, cost, budget=31 * 128 + 64, ranking="hull")
@@ -265,7 +280,7 @@ def test_scores_of_a_pruned_model_are_selected_again_at_its_present_ranks() -> N
         ({"budget": 1, "kind": "flops"}, "`kind` must be one of"),
         ({"ratio": 0.5, "kind": "flops"}, "`kind` must be one of"),
         ({"budget": 1, "kind": "macs"}, "MACs were not measured"),
-        ({"ratio": 0.5, "ranking": "local"}, "`ranking` must be one of 'importance', 'per_cost', 'hull', got 'local'"),
+        ({"ratio": 0.5, "ranking": "sum"}, "`ranking` must be one of 'importance', 'per_cost', .*, got 'sum'"),
         ({"ratio": 0.5, "min_rank": 0}, "`min_rank` must be at least 1"),
         ({"ratio": 0.5, "max_layer_ratio": 1.5}, "`max_layer_ratio` is a share"),
     ],

@@ -130,6 +130,12 @@ def _best_run(
                 value = lost
             elif ranking == "per_cost":
                 value = lost / unit_price(cost.layers[name], kind)
+            elif ranking == "local":
+                value = Fraction(done + 1, full[name])
+            elif ranking == "isomorphic":
+                alike = [n for n in names if _shape(cost.layers[n]) == _shape(cost.layers[name])]
+                peers = [v for n in alike if cost.layers[n].cuttable for v, _ in units[n]]
+                value = Fraction(sum(v <= units[name][done][0] for v in peers), len(peers))
             else:
                 after = {**ranks, name: ranks[name] - count}
                 saved = cost.deployed(ranks, kind) - cost.deployed(after, kind)
@@ -139,6 +145,10 @@ def _best_run(
             if best is None or (value, index, count) < best:
                 best = (value, index, count)
     return None if best is None else (names[best[1]], best[2])
+
+
+def _shape(layer: LayerCost) -> tuple[int, int, int]:
+    return layer.fan_in, layer.out_channels, layer.groups
 
 
 def unit_price(layer: LayerCost, kind: str) -> int:
