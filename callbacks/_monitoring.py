@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from types import CodeType
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -63,8 +65,20 @@ def shows_metrics(trainer: Trainer, pl_module: LightningModule) -> bool:
     own = [
         kind for kind in type(pl_module).__mro__ if issubclass(kind, LightningModule) and kind is not LightningModule
     ]
-    codes = [getattr(function, "__code__", None) for kind in own for function in vars(kind).values()]
-    return not several and not any("sanity_checking" in code.co_names for code in codes if code is not None)
+    codes = (_code_of(value) for kind in own for value in vars(kind).values())
+    return not several and not any(_asks_for(code, "sanity_checking") for code in codes if code is not None)
+
+
+def _code_of(attribute: object) -> CodeType | None:
+    """The code of a method or property, decorated or not."""
+    function = attribute.fget if isinstance(attribute, property) else attribute
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+
+
+def _asks_for(code: CodeType, name: str) -> bool:
+    """Whether a function, or one inside it, reads an attribute or global of that name."""
+    inner = (value for value in code.co_consts if isinstance(value, CodeType))
+    return name in code.co_names or any(_asks_for(value, name) for value in inner)
 
 
 def log_around_cut(trainer: Trainer, record: PruningRecord) -> None:

@@ -405,6 +405,16 @@ class TestRefusals:
                 if not self.trainer.sanity_checking:
                     super().validation_step(batch, batch_idx)
 
+        class Wrapped(Classifier):
+            @property
+            def quiet(self) -> bool:
+                return any(flag() for flag in [lambda: bool(self.trainer.sanity_checking)])
+
+            @torch.no_grad()
+            def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+                if not self.quiet:
+                    super().validation_step(batch, batch_idx)
+
         class Loud(Classifier):
             def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
                 super().validation_step(batch, batch_idx)
@@ -414,7 +424,8 @@ class TestRefusals:
                 return [super().val_dataloader()] * 2
 
         options: dict[str, Any] = {"target": 0.3, "tolerance": 0.9, "save_pruned": False}
-        for module, data, name in ((Quiet(), Stripes(), ""), (Loud(), Both(), "/dataloader_idx_1")):
+        cases = (Quiet(), Stripes(), ""), (Wrapped(), Stripes(), ""), (Loud(), Both(), "/dataloader_idx_1")
+        for module, data, name in cases:
             pruning = IterativeBasisPruning(monitor=f"val_accuracy{name}", **options)
             trainer = make_trainer(tmp_path, [BasisDecomposition(), pruning], num_sanity_val_steps=1)
             trainer.fit(module, datamodule=data)
