@@ -15,8 +15,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,21 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_choice, check_whole
-from bsdp.calibration_data import CalibrationData, Examples, collect_examples
+from bsdp.calibration_data import collect_examples
+from bsdp.compression_choice import CandidateChoice, Progress, outputs_of
 from bsdp.compression_steps import ALLOCATIONS, basis_scores, shorten, truncate, warn_of_few_positions
 from bsdp.cost import ModelCost
 from bsdp.decompose import decompose
-from bsdp.double_pruner import output_change
 from bsdp.folding import fold
 from bsdp.layers import named_pairs
-from bsdp.output_scores import example_outputs
 from bsdp.probing import evaluating
 from bsdp.pruner import PruningSettings, refuse_unreachable
-from bsdp.recalibration import recalibrate_batch_norms
 from bsdp.selection import RANKINGS, PruningPlan, select
 from bsdp.stats import ModelStats, describe, measure_cost
 
-Progress = Callable[[str], None]
 _LAYER_RATIO = 1.0 - 1e-9  # a layer may lose all bases but one
 
 
@@ -160,10 +156,9 @@ def compress(
     start = time.perf_counter()
     if torch.is_inference_mode_enabled():
         raise ValueError("`compress` needs gradients: call it outside of `torch.inference_mode()`.")
-    _check(target_kind, metric, allocation, ranking, images, passes, batch_size)
-    for name, value in (("compensate", compensate), ("recalibrate", recalibrate)):
-        if value not in (True, False, "auto"):
-            raise ValueError(f"`{name}` must be True, False or 'auto', got {value!r}.")
+    _check_choices(target_kind, metric, allocation, ranking, compensate, recalibrate)
+    for name, value, least in (("images", images, 2), ("passes", passes, 1), ("batch_size", batch_size, 1)):
+        check_whole(name, value, least)
     settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
     say = progress or (lambda _line: None)
     found = collect_examples(data, images=images)
@@ -175,7 +170,7 @@ def compress(
     device = next((p.device for p in work.parameters()), torch.device("cpu"))
     example = tuple(t.to(device) for t in found.seen.take(torch.arange(1)).inputs)
     _check_inputs(work, example)
-    wanted = _outputs(model, found.held_out, batch_size, device)
+    wanted = outputs_of(model, found.held_out, batch_size, device)
     if not wanted.isfinite().all():
         raise ValueError(
             "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
@@ -194,7 +189,7 @@ def compress(
     limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
     plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
     _warn_of_miss(plan, cost, settings, ranking)
-    choice = _Choice(wanted, found, batch_size, device, recalibrate, say)
+    choice = CandidateChoice(wanted, found, batch_size, device, recalibrate, say)
     if compensate is not True:
         with choice.leaving_out():
             network = work if compensate is False else copy.deepcopy(work)
@@ -222,21 +217,21 @@ def compress(
     )
 
 
-def _check(
+def _check_choices(
     target_kind: str,
     metric: str,
     allocation: str,
     ranking: str,
-    images: int,
-    passes: int,
-    batch_size: int,
+    compensate: bool | str,
+    recalibrate: bool | str,
 ) -> None:
     check_choice("target_kind", target_kind, ("params", "macs"))
     check_choice("metric", metric, ("euclidean", "activation"))
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("ranking", ranking, RANKINGS)
-    for name, value in (("images", images), ("passes", passes), ("batch_size", batch_size)):
-        check_whole(name, value, 2 if name == "images" else 1)
+    for name, value in (("compensate", compensate), ("recalibrate", recalibrate)):
+        if value not in (True, False, "auto"):
+            raise ValueError(f"`{name}` must be True, False or 'auto', got {value!r}.")
 
 
 def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
@@ -277,96 +272,3 @@ def _warn_of_miss(plan: PruningPlan, cost: ModelCost, settings: PruningSettings,
             f"`ranking={ranking!r}` leaves {kept:.2%} of the {kind}, more than `target={target}` allows: choose {way}.",
             stacklevel=3,
         )
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A compressed network, how it came to be, and how it compares with the original."""
-
-    network: nn.Module
-    compensated: bool
-    recalibrated: bool
-    change: float
-    agreement: float | None
-
-
-@dataclass
-class _Choice:
-    """The compressed networks to choose from; those that fail are left out as long as another one does not.
-
-    Attributes:
-        wanted: The outputs of the original on held-out examples.
-        found: The examples.
-        batch_size: Examples in a forward pass.
-        device: That of the networks.
-        recalibrate: As in `compress`.
-        say: Told what is left out.
-        networks: By whether they were fitted.
-        failures: Why others were left out.
-    """
-
-    wanted: Tensor
-    found: CalibrationData
-    batch_size: int
-    device: torch.device
-    recalibrate: bool | str
-    say: Progress
-    networks: dict[bool, nn.Module] = field(default_factory=dict)
-    failures: list[Exception] = field(default_factory=list)
-
-    @contextmanager
-    def leaving_out(self) -> Iterator[None]:
-        """Note an error in place of raising it."""
-        try:
-            yield
-        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not listed
-            self.failures.append(error)
-            self.say(f"left out a network: {error}")
-
-    def best(self) -> _Candidate:
-        """The network closest to the original; recalibrated ones too, if that is asked for."""
-        candidates = []
-        for compensated, network in self.networks.items():
-            if self.recalibrate is not True:
-                with self.leaving_out():
-                    candidates.append(self._compared(network, compensated, False))
-            if self.recalibrate:
-                with self.leaving_out():
-                    other = copy.deepcopy(network)
-                    if self._recalibrated(other) or self.recalibrate is True:
-                        candidates.append(self._compared(other, compensated, True))
-        if not candidates:
-            reasons = "; ".join(dict.fromkeys(str(error).rstrip(".") for error in self.failures))
-            raise ValueError(
-                f"no compressed network is fit for use ({reasons}): try other values of `compensate` and "
-                "`recalibrate`, a smaller `target`, or float32 (`model.float()`)."
-            ) from self.failures[0]
-        return min(candidates, key=lambda candidate: candidate.change)
-
-    def _recalibrated(self, network: nn.Module) -> list[str]:
-        # Batches of many examples: a batch's own statistics are noise otherwise.
-        batches = self.found.seen.batches(4 * self.batch_size, self.device)
-        return recalibrate_batch_norms(network, (inputs for inputs, _ in batches))
-
-    def _compared(self, network: nn.Module, compensated: bool, recalibrated: bool) -> _Candidate:
-        outputs = _outputs(network, self.found.held_out, self.batch_size, self.device)
-        if not outputs.isfinite().all():
-            raise ValueError("NaN or infinity in its outputs.")
-        change, agreement = output_change(self.wanted, outputs), _agreement(self.wanted, outputs)
-        return _Candidate(network, compensated, recalibrated, change, agreement)
-
-
-def _outputs(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> Tensor:
-    with evaluating(model):
-        outputs = [example_outputs(model(*inputs)) for inputs, _ in examples.batches(batch_size, device)]
-    if any(output is None for output in outputs):
-        raise ValueError(
-            "`model` gives no tensor of numbers with an axis for the examples: its outputs cannot be compared."
-        )
-    return torch.cat([output for output in outputs if output is not None])
-
-
-def _agreement(before: Tensor, after: Tensor) -> float | None:
-    if before.dim() != 2 or before.shape[1] < 2:
-        return None
-    return float((before.argmax(1) == after.argmax(1)).double().mean())

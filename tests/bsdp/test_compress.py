@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
+from bsdp import compression_choice
 from bsdp.calibration_data import collect_examples
 from bsdp.compression_steps import basis_scores
 from bsdp.joint_moments import collect_joint_moments, survey_outputs
@@ -227,7 +228,7 @@ def spoil(model: nn.Module, *_: Any, **__: Any) -> list[str]:
 @pytest.mark.parametrize("broken", [fail, spoil])
 def test_auto_leaves_out_what_fails(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("bsdp.compress")  # `bsdp.compress` is the function
-    monkeypatch.setattr(module, "recalibrate_batch_norms", broken)
+    monkeypatch.setattr(compression_choice, "recalibrate_batch_norms", broken)
     lines: list[str] = []
     result = bsdp.compress(network(), images(), target=0.5, progress=lines.append)
     assert not result.recalibrated and sum("left out" in line for line in lines) == 2
