@@ -26,6 +26,7 @@ from bsdp.weight_files import no_weight_files
 CONFIG_FILE = "config.yaml"
 PRUNED_CHECKPOINT = "pruned.ckpt"
 FAMILIES = ("bsdp", "torchvision", "timm")
+IMAGES = "bsdp_images"  # key of a checkpoint under which a `TransferTask` tells of its images
 _PREFIX = "network."
 
 
@@ -48,8 +49,8 @@ class Artifact:
 
     Attributes:
         source: The file, or the name of a backbone.
-        decomposed: The network with its pairs, in eval mode. Of a safetensors file only the structure is like this:
-            the values are those of `folded`.
+        decomposed: The network with its pairs, in eval mode. Of a safetensors file with pairs only the structure is
+            like this, and the values mean nothing: they are in `folded`.
         folded: The same network of plain layers, in eval mode.
         image_shape: ``(channels, height, width)`` of the images that it was made for.
         metadata: ``backbone``, ``head``, ``num_classes``, ``pretrained`` and, where they are known, ``class_names``,
@@ -157,7 +158,7 @@ def _from_backbone(spec: str) -> Artifact:
 
 def _from_safetensors(path: Path) -> Artifact:
     metadata = read_metadata(path)
-    plan = metadata.pop("layers")
+    plan, widths = metadata.pop("layers"), metadata.pop("widths", {})
     metadata.pop("format_version")
     if not isinstance(metadata.get("backbone"), str):
         raise UnknownNetworkError(
@@ -167,20 +168,24 @@ def _from_safetensors(path: Path) -> Artifact:
         )
     backbone = _build(metadata, path)
     folded = load(backbone.network, path)
-    decomposed = _build(metadata, path).network.eval()
-    _decompose_by_plan(decomposed, plan)
+    decomposed = folded
+    if any(entry["kind"] != "plain" for entry in plan.values()):
+        decomposed = _build(metadata, path).network.eval()
+        _decompose_by_plan(decomposed, plan, widths)
     return Artifact(path, decomposed, folded, *_image_facts(metadata, None, backbone))
 
 
-def _decompose_by_plan(network: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a network the ranks and biases of a plan that `bsdp.load` has checked; the values mean nothing."""
+def _decompose_by_plan(
+    network: nn.Module, plan: Mapping[str, Mapping[str, Any]], widths: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give a network the widths, ranks and biases of a file that `bsdp.load` has checked; the values mean nothing."""
     # A pair that was saved as one layer is described as one, also where only measured times said so.
     ranks = {
         name: {"rank": entry["rank"]} | ({"pair_limit": 0} if entry["kind"] == "fused" else {})
         for name, entry in plan.items()
         if entry["kind"] != "plain"
     }
-    rebuild(network, {"version": STRUCTURE_VERSION, "pairs": ranks})
+    rebuild(network, {"version": STRUCTURE_VERSION, "pairs": ranks, "widths": widths})
     for name, pair in named_pairs(network).items():
         with torch.no_grad():
             pair.scaling.bias.fill_(float(plan[name]["bias"]))
@@ -205,8 +210,9 @@ def _from_checkpoint(path: Path) -> Artifact:
     module = nn.ModuleDict({_PREFIX.removesuffix("."): network})
     rebuild_for(module, checkpoint, source=path)
     load_tensors(module, state)
-    metadata |= _facts_of_run(path, metadata)
-    shape, metadata = _image_facts(metadata, _seen_shape(checkpoint), backbone)
+    images = _images_of(checkpoint, backbone.num_classes)
+    metadata |= {key: images[key] for key in ("class_names",) if key in images} | _facts_of_run(path, metadata)
+    shape, metadata = _image_facts(metadata, _seen_shape(checkpoint) or images.get("shape"), backbone)
     with suppress(Exception), evaluating(network), watching(named_pairs(network).values()):
         network(torch.zeros(1, *shape))  # pairs whose weight the network reads fold into one layer each
     return Artifact(path, network, fold(network).eval(), shape, metadata)
@@ -250,6 +256,16 @@ def _facts_of_config(path: Path) -> dict[str, Any]:
     except Exception:  # no such file, no YAML, or another shape of it: only a default is lost
         return {}
     return {key: facts[key] for key in ("image_size", "mean", "std") if facts.get(key)}
+
+
+def _images_of(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """What a `TransferTask` wrote of the images that it was trained on, as far as it is sound."""
+    found = checkpoint.get(IMAGES)
+    if not isinstance(found, Mapping):
+        return {}
+    names = found.get("class_names")
+    sound = isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names)
+    return {"shape": found.get("shape")} | ({"class_names": names} if sound else {})
 
 
 def _seen_shape(checkpoint: Mapping[str, Any]) -> object:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import itertools
 import linecache
 import os
 import re
@@ -188,17 +189,17 @@ def _with_run_config(args: list[str]) -> list[str]:
     """Without any ``--config``, take the one beside the checkpoint that is asked for."""
     from bsdp.runs import CONFIG_FILE, find_checkpoint, run_folder_of
 
-    value = _option(args, "--ckpt_path")
+    value = option_value(args, "--ckpt_path")
     if value in (None, "best", "hpc") or {"--config", "-c", "--help", "-h"} & {word.partition("=")[0] for word in args}:
         return args
-    root = Path(_option(args, "--trainer.default_root_dir") or "logs")
-    folder = run_folder_of(find_checkpoint(value, root=root))
+    root = Path(option_value(args, "--trainer.default_root_dir") or "logs")
+    folder = run_folder_of(find_checkpoint(value, root=root, name=option_value(args, "--name")))
     return args if folder is None else ["--config", str(folder / CONFIG_FILE), *args]
 
 
-def _option(args: list[str], name: str) -> str | None:
+def option_value(args: list[str], name: str) -> str | None:
     """Read the value of an option before the options are parsed; None if it is not there."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*args, ""]):
         option, equals, value = word.partition("=")
         if option == name:
             return (value if equals else following) or None

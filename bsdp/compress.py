@@ -31,9 +31,9 @@ from bsdp.decompose import decompose
 from bsdp.folding import fold
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating
-from bsdp.pruner import PruningSettings, refuse_unreachable
+from bsdp.pruner import PruningSettings, largest_removable_share, refuse_unreachable
 from bsdp.selection import RANKINGS, PruningPlan, select
-from bsdp.stats import ModelStats, describe, measure_cost
+from bsdp.stats import ModelStats, describe, measure_cost, original_cost
 
 _LAYER_RATIO = 1.0 - 1e-9  # a layer may lose all bases but one
 
@@ -117,7 +117,8 @@ def compress(
         model: A trained network, plain or with pairs (those are shortened further).
         data: A few hundred inputs, shuffled: a tensor, or an iterable of batches (a DataLoader, say), each a tensor,
             ``(inputs, labels)`` or a tuple of arguments. Labels are not needed.
-        target: Share of the original model to remove, in (0, 1).
+        target: Share of the original to remove, in (0, 1). The original of a model that was pruned before is what it
+            was then, with all ranks and channels.
         target_kind: What `target` counts: ``"params"`` or ``"macs"``.
         metric: How bases are chosen, see `decompose`.
         allocation: What decides how much each layer loses: ``"kl"``, the change of the network's own predictions;
@@ -177,7 +178,7 @@ def compress(
         )
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
-    cost = _cost(work, example, settings, skipped)
+    cost, budget = _cost_and_budget(work, example, settings, skipped)
 
     def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
         return found.seen.batches(batch_size, device)
@@ -185,10 +186,9 @@ def compress(
     say(f"scoring the bases of {len(cost.layers)} layers on {len(found.seen)} examples")
     survey, scores = basis_scores(work, batches, metric=metric, allocation=allocation, seed=seed)
     warn_of_few_positions(named_pairs(work), survey)
-    budget = (1.0 - target) * cost.original(target_kind)
     limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
     plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
-    _warn_of_miss(plan, cost, settings, ranking)
+    _warn_of_miss(plan, cost, settings, ranking, original=budget / (1.0 - target))
     choice = CandidateChoice(wanted, found, batch_size, device, recalibrate, say)
     if compensate is not True:
         with choice.leaving_out():
@@ -253,19 +253,39 @@ def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
         ) from error
 
 
-def _cost(work: nn.Module, example: Any, settings: PruningSettings, skipped: dict[str, str]) -> ModelCost:
-    """What the network costs by rank, if it can be cut so far."""
+def _cost_and_budget(
+    work: nn.Module, example: Any, settings: PruningSettings, skipped: dict[str, str]
+) -> tuple[ModelCost, float]:
+    """What the network costs by rank, and what may be left of it, if there is something to cut and enough of it."""
     if not named_pairs(work):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no layers"
         raise ValueError(f"`model` has no layer that can be decomposed ({reasons}).")
-    cost = measure_cost(work, example)
-    refuse_unreachable(cost, settings)
-    return cost
+    cost, kind, target = measure_cost(work, example), settings.target_kind, settings.target
+    original = original_cost(work, example, cost=cost).original(kind)
+    now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
+    least = cost.original(kind) * (1.0 - largest_removable_share(cost, settings))
+    budget = (1.0 - target) * original
+    if now <= budget:
+        raise ValueError(
+            f"`target={target}` is met already: `model` was pruned before, and {1.0 - now / original:.1%} of the "
+            f"original's {kind} are gone, of which the target is a share. Choose a larger one."
+        )
+    if original == cost.original(kind):
+        refuse_unreachable(cost, settings)
+    elif budget < least:  # it has lost channels
+        most = 1.0 - least / original
+        raise ValueError(
+            f"`target={target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, {most:.1%} "
+            f"of the original's {kind} would be gone. Choose a target below {most:.3f}."
+        )
+    return cost, budget
 
 
-def _warn_of_miss(plan: PruningPlan, cost: ModelCost, settings: PruningSettings, ranking: str) -> None:
+def _warn_of_miss(
+    plan: PruningPlan, cost: ModelCost, settings: PruningSettings, ranking: str, *, original: float
+) -> None:
     kind, target = settings.target_kind, settings.target
-    kept = cost.deployed(plan.ranks, kind) / cost.original(kind)
+    kept = cost.deployed(plan.ranks, kind) / original
     if kept > (1.0 - target) * (1.0 + 1e-9):
         way = "a smaller target" if ranking == "hull" else "`ranking='hull'` or a smaller target"
         warnings.warn(

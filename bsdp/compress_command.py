@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from bsdp._checks import check_at_least
 from bsdp.artifacts import PRUNED_CHECKPOINT, load_artifact
 from bsdp.backbones import build_backbone
-from bsdp.cli import resolve_config
+from bsdp.cli import CONFIGS, resolve_config
 from bsdp.compress import CompressionResult
 from bsdp.compress import compress as _compress
 from bsdp.datamodules import ImageDataModule, ImageFolderDataModule
@@ -26,6 +26,8 @@ from bsdp.probing import evaluating
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.report import Measurements, summarize, write_summary
 from bsdp.report_table import format_summary
+from bsdp.stats import describe, described_layers, layer_rows, measure_positions, original_cost
+from bsdp.widths import widths_of
 
 _BATCH = 64
 _WHEN: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
@@ -83,6 +85,8 @@ def compress(
     """
     folder = Path(output).expanduser()
     paths = [folder / Path(PRUNED_CHECKPOINT).with_suffix(".safetensors"), folder / "summary.json"]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output`: {output!r} is a file, and a folder is to be made there: choose another name.")
     for path in paths:
         refuse_existing(path, force=force)
     check_at_least("val_images", val_images, 0)
@@ -114,7 +118,7 @@ def compress(
     measured = _measure(source.network, result, module, val_images=val_images if known else 0, test=test and known)
     facts = {"class_names": module.class_names, "image_size": module.image_size, **(module.normalization or {})}
     save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
-    summary = _summary(result, module, measured, target=target, target_kind=target_kind, seed=seed)
+    summary = _summary(result, module, source.network, measured, target=target, target_kind=target_kind, seed=seed)
     write_summary(summary, paths[1])
     lines = [format_summary(summary).rstrip(), *str(result).splitlines()[-2:]]
     lines += [f"no accuracy: {other}"] if other else []
@@ -159,8 +163,13 @@ def _data_module(data: str, source: _Source, *, image_size: int | None, data_dir
     path = Path(data).expanduser()
     if (path / "train").is_dir():
         module: Any = ImageFolderDataModule(folder=str(path.absolute()), **{"image_size": 224, **given})
+    elif path.is_dir():
+        raise ValueError(
+            f"`data`: the folder {data!r} has no folder `train` with one folder of images for each class: "
+            "sort the images that way."
+        )
     else:
-        file = Path(resolve_config(data if data.endswith(".yaml") else f"data/{data.removeprefix('data/')}"))
+        file = _data_file(data)
         try:
             settings = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
             package, _, name = settings["class_path"].rpartition(".")
@@ -171,8 +180,20 @@ def _data_module(data: str, source: _Source, *, image_size: int | None, data_dir
     if not isinstance(module, ImageDataModule):
         raise ValueError(f"`data`: {type(module).__name__} is not a data module of labelled images of this package.")
     if module.normalization is None:
-        module.normalization = source.normalization
+        module.normalization = source.normalization or None
     return module
+
+
+def _data_file(data: str) -> Path:
+    """Find the configuration that `data` names."""
+    try:
+        return Path(resolve_config(data if data.endswith(".yaml") else f"data/{data.removeprefix('data/')}"))
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml")))
+        raise FileNotFoundError(
+            f"`data`: there is no folder or YAML file {data!r}, nor a packaged configuration of that name; there are "
+            f"{names}."
+        ) from error
 
 
 def _other_classes(metadata: dict[str, Any], names: list[str]) -> str:
@@ -224,6 +245,7 @@ def _accuracy(network: nn.Module, loader: DataLoader[Any]) -> float:
 def _summary(
     result: CompressionResult,
     module: ImageDataModule,
+    given: nn.Module,
     measured: dict[str, tuple[float, float]],
     *,
     target: float,
@@ -231,9 +253,11 @@ def _summary(
     seed: int,
 ) -> dict[str, Any]:
     """The summary of a run with one round, so that all that reads runs reads it."""
-    cost, ranks, stats = result.cost, result.ranks, result.stats
+    ranks, stats, example = result.ranks, result.stats, torch.zeros(1, *module.image_shape)
+    cost = original_cost(result.model, example, cost=result.cost)
     full = {name: layer.full_rank for name, layer in cost.layers.items()}
-    before, after = measured.get("val", (None, None))
+    notes, known = _of_the_original(given, measured)
+    before, after = known.get("val", (None, None))
     record = PruningRecord(target=target, target_kind=target_kind, cost=cost, reference=before, chosen=1)
     record.input_shapes = [[1, *module.image_shape]]
     rounds = ((full, stats.params_original, stats.macs_original, before), (ranks, stats.params, stats.macs, after))
@@ -241,8 +265,35 @@ def _summary(
         RoundRecord(i, 0, r, sum(cost.layers[n].groups * k for n, k in r.items()), params, macs, accuracy_best=accuracy)
         for i, (r, params, macs, accuracy) in enumerate(rounds)
     ]
-    tested = measured.get("test", (None, None))
-    metric = "test_accuracy" if "test" in measured else None
-    facts = Measurements(test_metric=metric, accuracy_reference=tested[0], accuracy_pruned=tested[1], seed=seed)
+    if widths_of(result.model):  # channels are gone, so that the cost of the original does not tell
+        layers = described_layers(result.model)
+        rows = layer_rows(result.model, measure_positions(result.model, layers, example))
+        record.rounds[1] = replace(record.rounds[1], layers=rows)
+    tested = known.get("test", (None, None))
+    facts = Measurements(
+        test_metric="test_accuracy" if "test" in known else None,
+        accuracy_reference=tested[0],
+        accuracy_pruned=tested[1],
+        seed=seed,
+        notes=tuple(notes),
+    )
     own = ("output_change", "agreement", "compensated", "recalibrated", "examples", "held_out", "seconds")
     return {**summarize(record, facts), "compression": {key: getattr(result, key) for key in own}}
+
+
+def _of_the_original(
+    given: nn.Module, measured: dict[str, tuple[float, float]]
+) -> tuple[list[str], dict[str, tuple[float | None, float]]]:
+    """What was measured, without the accuracy of a network that was pruned before; that goes into a note."""
+    stats = describe(given)
+    notes = []
+    if "val" in measured:
+        notes.append(
+            "val accuracy is on images cut from the training split of the data, which the network may know; "
+            "`--test` measures on test images."
+        )
+    if stats.params == stats.params_original:
+        return notes, dict(measured)
+    accuracies = "".join(f", {split} accuracy {before:.2%}" for split, (before, _) in measured.items())
+    notes.append(f"the network was pruned before: as it was given, it has {stats.params:,} parameters{accuracies}.")
+    return notes, {split: (None, after) for split, (_, after) in measured.items()}

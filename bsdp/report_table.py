@@ -103,6 +103,8 @@ def _gains(summary: Mapping[str, Any]) -> Table:
         ("latency", "latency_ms", ("faster", "slower")),
     ):
         original, pruned = summary[f"{key}_original"], summary[f"{key}_pruned"]
+        if original is None and pruned is None and key in ("file_bytes", "latency_ms"):
+            continue  # not measured at all
         table.add_row(label, _quantity(key, original), _quantity(key, pruned), _ratio(original, pruned, words))
     return table
 
@@ -153,8 +155,10 @@ def _explanations(summary: Mapping[str, Any]) -> list[str]:
     lines = [
         "original: the unpruned transferred model at its best epoch before the first cut, new head included.",
         f"pruned: {_which(summary)}.",
-        *_validation(summary),
     ]
+    if "compression" in summary:
+        lines = ["original: the network with all its layers whole; pruned: compressed without training."]
+    lines += _validation(summary)
     if summary["macs_original"] is not None:
         lines.append(f"MACs: multiply-adds for one example{f' of {shapes}' if shapes else ''}.")
     if summary["latency_ms_original"] is not None:

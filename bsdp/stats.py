@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import warnings
@@ -20,9 +21,9 @@ from bsdp.cost import LayerCost, ModelCost, Positions, layer_cost
 from bsdp.latency import LatencyTable
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
 from bsdp.probing import as_inputs, evaluating, probe
-from bsdp.scale_hooks import scales_of
+from bsdp.scale_hooks import drop_scales, scales_of
 from bsdp.timing import time_in_turn
-from bsdp.widths import original_widths
+from bsdp.widths import original_widths, set_widths, widths_of
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,30 @@ def measure_cost(
     return ModelCost(layers, fixed_params, macs - inner, new_bias)
 
 
+def original_cost(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    cost: ModelCost | None = None,
+    new_bias: bool = True,
+) -> ModelCost:
+    """The cost of a model as it was before it lost channels; of one that lost none, that of `measure_cost`.
+
+    Args:
+        model: A plain or decomposed model.
+        example_input: See `measure_cost`.
+        cost: What `measure_cost` says of the model as it is, if that is known.
+        new_bias: See `measure_cost`.
+    """
+    if widths_of(model):
+        model = copy.deepcopy(model)
+        drop_scales(model)
+        set_widths(model, {})
+    elif cost is not None:
+        return cost
+    return measure_cost(model, example_input, new_bias=new_bias)
+
+
 def limit_pairs(model: nn.Module, cost: ModelCost) -> None:
     """Tell the pairs of a model from which rank down they are deployed as two layers, where times were measured."""
     for name, pair in named_pairs(model).items():
@@ -233,6 +258,7 @@ def describe(model: nn.Module, example_input: Tensor | tuple[Tensor, ...] | None
     layers = described_layers(model)
     positions = None if example_input is None else measure_positions(model, layers, example_input)
     cost = measure_cost(model, example_input)
+    original = original_cost(model, example_input, cost=cost)
     rows = []
     for name, layer in layers.items():
         seen = None if positions is None else positions[name]
@@ -244,9 +270,9 @@ def describe(model: nn.Module, example_input: Tensor | tuple[Tensor, ...] | None
         macs = cost.fixed_macs + sum(row.macs or 0 for row in rows if row.name in pairs)
     return ModelStats(
         params=params,
-        params_original=cost.original("params"),
+        params_original=original.original("params"),
         macs=macs,
-        macs_original=None if cost.fixed_macs is None else cost.original("macs"),
+        macs_original=None if original.fixed_macs is None else original.original("macs"),
         layers=tuple(rows),
     )
 
@@ -295,6 +321,7 @@ def _layer_stats(name: str, layer: nn.Module, positions: Positions | None) -> La
         kind, rank, has_bias = cost.kind(layer.rank), layer.rank, layer.needs_bias
     pair = kind == "pair"
     measured = cost.positions is not None
+    first = _original_cost(layer, cost)
     return LayerStats(
         name=name,
         kind=kind,
@@ -302,9 +329,9 @@ def _layer_stats(name: str, layer: nn.Module, positions: Positions | None) -> La
         full_rank=cost.full_rank,
         break_even_rank=cost.break_even_rank,
         params=(rank * cost.per_rank if pair else cost.fused) + (cost.out_channels if has_bias else 0),
-        params_original=cost.original(),
+        params_original=first.original(),
         macs=None if not measured else rank * cost.slope("macs") if pair else cost.original(kind="macs"),
-        macs_original=cost.original(kind="macs") if measured else None,
+        macs_original=first.original(kind="macs") if measured else None,
     )
 
 

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self
 
 from bsdp._checks import check_choice, check_normalization, check_whole
+from bsdp.artifacts import IMAGES
 from bsdp.backbones import HeadKind, build_backbone
 from bsdp.layers import BasisPair
 from bsdp.training import cosine_factor, onecycle_factor, parameter_groups, restarted_factor
@@ -118,12 +119,17 @@ class TransferTask(LightningModule):
             return super().load_from_checkpoint(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the structure of a changed network where no callback did, as with ``save_weights_only``."""
+        """Write what the images are, and a changed network's structure if no callback did (``save_weights_only``)."""
         from bsdp.diff_pruning import SparseDelta
         from bsdp.structure import shape_of, structure_of
 
         if shape_of(self) or any(isinstance(module, (BasisPair, SparseDelta)) for module in self.modules()):
             checkpoint.setdefault("bsdp", structure_of(self))
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        shape, names = getattr(data, "image_shape", None), getattr(data, "class_names", None)
+        if shape is not None:  # for programs that read the checkpoint without the data
+            facts = {"shape": list(shape), "class_names": None if names is None else [str(name) for name in names]}
+            checkpoint[IMAGES] = facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the network the structure of the checkpoint, before Lightning loads the weights.

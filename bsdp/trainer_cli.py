@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bsdp.callbacks._checkpoint_io import write_whole_checkpoints
 from bsdp.callbacks.pruning_report import PruningReport
+from bsdp.cli import option_value
 from bsdp.record import PruningRecord
 from bsdp.resume import LastCheckpoint, RunState
 from bsdp.runs import PRUNED_CHECKPOINT, find_checkpoint, free_config_name, new_logger, reopen_logger, run_folder_of
@@ -62,6 +63,7 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self._checkpoint: Path | None = None
+        self._given: dict[str, Any] = {}  # options of the model that stand in `args`
         super().__init__(
             LightningModule,
             subclass_mode_model=True,
@@ -83,15 +85,34 @@ class TransferCLI(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         if config.ckpt_path not in (None, "best", "hpc", "registry"):
-            name = config.name if self.config.subcommand == "fit" else None
+            named = self.config.subcommand == "fit" or option_value(args, "--name")
+            name = config.name if named else None
             self._checkpoint = find_checkpoint(config.ckpt_path, root=self._root(config), name=name)
             config.ckpt_path = str(self._checkpoint)
+            options = config.model.get("init_args") or {}
+            self._given = {name: options.get(name) for name in _model_options(args)}
             read_checkpoint(self._checkpoint)  # Lightning's own reading ends in a traceback when a file is damaged
 
     def before_instantiate_classes(self) -> None:
-        """Take the number of classes from the data module, if only that knows it."""
+        """Take the number of classes from the data module, if only that knows it.
+
+        Raises:
+            ValueError: If there are no data, or an option of the model is not that of the checkpoint, which wins.
+        """
         config = self.config[self.subcommand]
+        if config.get("data") is None and config.model.get("class_path") == TASK:
+            raise ValueError(
+                "`data` is missing: add a configuration that names a data module, such as `--config quickstart` or "
+                "`--config base --config data/cifar10`, or give `--data CLASS`."
+            )
         options = config.model.get("init_args")
+        for name, value in self._given.items():
+            if options is not None and options.get(name) != value:
+                raise ValueError(
+                    f"`--model.{name} {value}` has no effect beside `--ckpt_path`: the checkpoint was made with "
+                    f"{options.get(name)!r}. Leave the option out; or start a new run from these weights, with "
+                    f"`--model.weights {config.ckpt_path}` in place of `--ckpt_path`."
+                )
         if options is None or "num_classes" not in options or config.get("data") is None:
             return
         if options.num_classes is None:
@@ -156,15 +177,22 @@ class TransferCLI(LightningCLI):
             own: CSVLogger = reopen_logger(folder, checkpoint=checkpoint)
             rank_zero_info(f"Continues {self._checkpoint} in {folder}")
         else:
-            given = [logger for logger in loggers if isinstance(logger, CSVLogger)]
+            given = [logger for logger in loggers if isinstance(logger, CSVLogger)] if self.subcommand == "fit" else []
             name = config.name if self.subcommand == "fit" else f"{config.name}/{self.subcommand}"
             own = given[0] if given else new_logger(self._root(config), name)
+            own._save_dir = str(Path(own.save_dir).absolute())  # see `new_logger`
         self.save_config_kwargs = {"config_filename": free_config_name(Path(own.log_dir))}
         return [own, *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
 
     @staticmethod
     def _root(config: Namespace) -> Path:
         return Path(config.trainer.default_root_dir or "logs")
+
+
+def _model_options(args: list[str]) -> list[str]:
+    """Names of the model's own options among the words of a command line."""
+    words = [word.partition("=")[0] for word in args if word.startswith("--model.")]
+    return [word.removeprefix("--model.").removeprefix("init_args.").partition(".")[0] for word in words]
 
 
 def _program() -> str:

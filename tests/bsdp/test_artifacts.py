@@ -16,6 +16,8 @@ import bsdp
 from bsdp.artifacts import UnknownNetworkError, load_artifact, run_folder_of
 from bsdp.backbone_families import OWN
 from bsdp.backbones import build_backbone
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_surgery import remove_channels
 from bsdp.task import TransferTask
 from tests.helpers.pruning_runs import Classifier, small_network
 from tests.helpers.tiny_run import CLASS_NAMES, prune, write_checkpoint, write_run
@@ -101,6 +103,39 @@ def test_the_images_that_the_pruning_saw_count_first(run: Path, tmp_path: Path) 
     artifact = load_artifact(tmp_path)
     assert artifact.image_shape == (3, 10, 6) and artifact.metadata["image_size"] == [10, 6]
     assert artifact.example().shape == (1, 3, 10, 6)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_files_of_networks_that_lost_channels(pairs: bool, tmp_path: Path) -> None:
+    network, example = build_backbone("bsdp:resnet20", num_classes=4, weights="none").network, torch.zeros(1, 3, 8, 8)
+    full = bsdp.describe(network, example)
+    groups = channel_groups(network, example)
+    units = {name: torch.arange(group.size // 2) for name, group in groups.items()}
+    remove_channels(network, plan_removal(network, example, groups, units))
+    if pairs:
+        prune(network)
+    facts = {"backbone": "bsdp:resnet20", "num_classes": 4, "image_size": 8, "pretrained": False}
+    artifact = load_artifact(bsdp.save(network, tmp_path / "x.safetensors", metadata=facts))
+    stats = bsdp.describe(artifact.decomposed, artifact.example())
+    assert artifact.is_pruned is pairs and "widths" not in artifact.metadata
+    assert (stats.params_original, stats.macs_original) == (full.params, full.macs)
+    assert stats.params == sum(p.numel() for p in artifact.folded.parameters())
+    if not pairs:  # there is no other network than the one of plain layers
+        assert artifact.decomposed is artifact.folded
+
+
+def test_checkpoints_tell_of_their_images(run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    cases: list[tuple[Any, list[str] | None, tuple[int, ...]]] = [
+        ({"shape": [3, 20, 36], "class_names": list("abcd")}, list("abcd"), (3, 20, 36)),
+        ({"shape": [3, 20, 36], "class_names": ["a"]}, None, (3, 20, 36)),
+        ({"shape": None, "class_names": [1, 2, 3, 4]}, None, (3, 32, 32)),
+        ("odd", None, (3, 32, 32)),
+    ]
+    for images, names, shape in cases:
+        torch.save({**checkpoint, "bsdp_images": images}, tmp_path / "last.ckpt")
+        artifact = load_artifact(tmp_path / "last.ckpt")
+        assert (artifact.metadata.get("class_names"), artifact.image_shape) == (names, shape)
 
 
 def test_backbones_by_name_have_no_weights_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,17 @@ def test_structures_are_rebuilt_before_weights_load(name: str, form: str) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_a_description_counts_from_the_original(name: str, form: str) -> None:
+    net, batch, plain = small_net(name, form), traceable_batch(name, batch=1), traceable_net(name)
+    before, after = bsdp.describe(plain, batch), bsdp.describe(net, batch)
+    assert (after.params_original, after.macs_original) == (before.params, before.macs)
+    assert after.params == sum(p.numel() for p in bsdp.fold(net).parameters()) < before.params
+    rows = {row.name: (row.params, row.macs) for row in before.layers}
+    assert {row.name: (row.params_original, row.macs_original) for row in after.layers} == rows
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_checkpoints_are_read_without_callbacks(form: str, tmp_path: Path) -> None:
     net, batch = small_net("concat", form), traceable_batch("concat")
     path = tmp_path / "pruned.ckpt"

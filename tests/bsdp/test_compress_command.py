@@ -1,6 +1,7 @@
 """The word compress of the command line, from the words to the files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import bsdp
 from bsdp import cli
 from bsdp.artifacts import load_artifact
 from bsdp.backbones import build_backbone
+from bsdp.channel_graph import channel_groups, plan_removal
+from bsdp.channel_surgery import remove_channels
 from bsdp.datamodules import DigitsDataModule
 from tests.helpers.tiny_run import write_run
 
@@ -92,12 +95,41 @@ def test_a_pruned_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert load_artifact(tmp_path / "out" / "pruned.safetensors").folded(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
 
 
+def test_a_network_that_was_pruned_before_is_not_the_original(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DigitsDataModule, "CLASS_NAMES", build_backbone("bsdp:resnet20").class_names)
+    network = build_backbone("bsdp:resnet20").network
+    groups = channel_groups(network, torch.zeros(1, 3, 16, 16))
+    remove = {name: torch.arange(group.size // 2) for name, group in groups.items()}
+    full = sum(p.numel() for p in network.parameters())
+    remove_channels(network, plan_removal(network, torch.zeros(1, 3, 16, 16), groups, remove))
+    facts = {"backbone": "bsdp:resnet20", "head": "original", "num_classes": 10, "image_size": 16}
+    path = bsdp.save(network, tmp_path / "small.safetensors", metadata=facts)
+    left = sum(p.numel() for p in network.parameters())
+    words = ("--ckpt", path, "--data", "digits", "--output", tmp_path / "out", *QUICK, "--target")
+    assert run(*words, 0.85) == 0
+    out = capsys.readouterr().out
+    assert f"as it was given, it has {left:,} parameters, val accuracy" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["params_original"] == full and summary["params_pruned"] <= 0.15 * full
+    assert summary["validation_reference"] is None and summary["validation_pruned"] is not None
+    assert sum(row["params_original"] for row in summary["layers"]) > 0.9 * full
+    folded = load_artifact(tmp_path / "out" / "pruned.safetensors").folded
+    assert sum(p.numel() for p in folded.parameters()) == summary["params_pruned"]
+
+    for target, match in ((0.3, r"`target=0.3` is met already: .* 7\d"), (0.995, "`target=0.995` is out of reach")):
+        assert run(*words, target, "--force") == 2
+        assert re.search(match, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         (("--data", "digits"), "either `--backbone`"),
         (("--data", "digits", "--backbone", "bsdp:resnet20", "--weights", "none"), "nothing to keep of random weights"),
-        (("--data", "nothing", "--backbone", "bsdp:resnet20"), "data/nothing"),
+        (("--data", "nothing", "--backbone", "bsdp:resnet20"), "`data`: there is no folder or YAML file 'nothing'"),
+        (("--data", "{folder}", "--backbone", "bsdp:resnet20"), "has no folder `train` with one folder of images"),
         (("--data", "{file}", "--backbone", "bsdp:resnet20"), "does not name a data module"),
         (("--data", "digits", "--ckpt", "{run}/pruned.safetensors"), "folded layers only"),
         (("--data", "digits", "--ckpt", "{run}", "--allocation", "taylor"), "the network has 4 classes"),
@@ -108,7 +140,13 @@ def test_refusals(words: tuple[str, ...], match: str, tmp_path: Path, capsys: py
     file.write_text("data: {init_args: {}}")
     needed = any("{run}" in word for word in words)
     folder = write_run(tmp_path / "version_0") if needed else tmp_path
-    given = [word.format(run=folder, file=file) for word in words]
+    given = [word.format(run=folder, file=file, folder=tmp_path) for word in words]
     assert run(*given, "--target", 0.5, "--output", tmp_path / "out", *QUICK) == 2
     assert match in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_folder_goes_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").touch()
+    assert run("--backbone", "bsdp:resnet20", "--data", "nothing", "--target", 0.5, "--output", tmp_path / "out") == 2
+    assert "is a file, and a folder is to be made there" in capsys.readouterr().err

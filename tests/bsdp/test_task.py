@@ -348,6 +348,20 @@ def test_checkpoint_loads_without_the_pretrained_file(tmp_path: Path) -> None:
         task(weights=str(weights))
 
 
+def test_checkpoints_tell_of_the_images(tmp_path: Path) -> None:
+    for image_shape, names in ((None, None), ((3, 8, 8), None), ((3, 8, 8), ["a", "b", "c"])):
+        data = TinyData()
+        if image_shape is not None:
+            data.image_shape = image_shape
+        if names is not None:
+            data.class_names = names
+        run = trainer(tmp_path, max_epochs=0)
+        run.fit(task(), data)
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        images = torch.load(tmp_path / "x.ckpt", weights_only=True).get("bsdp_images")
+        assert images == (None if image_shape is None else {"shape": list(image_shape), "class_names": names})
+
+
 def test_checkpoint_with_weights_only_still_tells_the_structure(tmp_path: Path) -> None:
     module = task()
     bsdp.decompose(module.network, include=["layer1*"])

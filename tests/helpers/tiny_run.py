@@ -36,7 +36,7 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
-def prune(module: LightningModule) -> None:
+def prune(module: nn.Module) -> None:
     """Decompose a module and keep a third of the bases of each layer, one layer excepted."""
     bsdp.decompose(module)
     for pair in list(bsdp.named_pairs(module).values())[1:]:
