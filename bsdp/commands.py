@@ -56,6 +56,9 @@ def export(
         )
     if dynamic_batch and format == "safetensors":
         raise ValueError("`dynamic_batch`: a safetensors file holds weights, which go with any batch: leave it out.")
+    other = Path(output or "").suffix.removeprefix(".")
+    if other != format and other in ("onnx", "pt2", "safetensors"):
+        raise ValueError(f"`output`: {output!r} would be a {format} file by the name of another: end it in .{format}.")
     artifact = load_artifact(ckpt)
     assert isinstance(artifact.source, Path)
     path = artifact.source.with_name(f"model.{format}") if output is None else Path(output).expanduser()

@@ -161,10 +161,16 @@ class TransferCLI(LightningCLI):
         rows = [row for batch in batches if isinstance(batch, dict) for row in zip(*_columns(batch), strict=True)]
         if rows and self.trainer.log_dir is not None and self.trainer.is_global_zero:
             path = Path(self.trainer.log_dir) / "predictions.csv"
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows(
-                    [("index", "label", "probability"), *((i, *row) for i, row in enumerate(rows))]
-                )
+            names = list(getattr(self.datamodule, "class_names", None) or [])
+            alone = self.trainer.world_size == 1  # else a process has every so many-th image only
+            files = list(getattr(self.datamodule, "predicted_files", None) or []) if alone else []
+            header = ["index", "label", "probability", *(["class"] if names else []), *(["file"] if files else [])]
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(header)
+                for i, (label, probability) in enumerate(rows):
+                    more = [*([names[label]] if names else []), *([files[i]] if files else [])]
+                    writer.writerow([i, label, probability, *more])
             print(f"Predictions: {path}")
 
     def _loggers(self, wanted: Any) -> list[Logger]:

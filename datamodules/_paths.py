@@ -13,6 +13,17 @@ def data_root(data_dir: str | None) -> Path:
     return Path(data_dir or os.environ.get(_VARIABLE) or _DEFAULT).expanduser()
 
 
+def places_of(path: str, root: Path) -> list[Path]:
+    """Where a path of the user may be: below the folder of all data sets, and as it is given."""
+    given = Path(path).expanduser()  # joining drops what stands before an absolute path
+    return list(dict.fromkeys([root / given, *([given] if path else [])]))
+
+
+def first_there(places: Sequence[Path]) -> Path:
+    """The first of some places that exists; the first of all where none does."""
+    return next((place for place in places if place.exists()), places[0])
+
+
 def not_found(name: str, *, looked_for: Sequence[Path], data_dir: str | None, download: bool) -> FileNotFoundError:
     """Make the error for absent data.
 

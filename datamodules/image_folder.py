@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bsdp.datamodules._paths import not_found
+from bsdp.datamodules._paths import first_there, not_found, places_of
 from bsdp.datamodules.arrays import Augment, Normalization, normalize
 from bsdp.datamodules.base import ImageDataModule, Split
 from bsdp.datamodules.sampling import Batch, Key, seed_for
@@ -49,9 +49,12 @@ class ImageFolderDataModule(ImageDataModule):
         self.min_crop = min_crop
 
     @property
+    def _places(self) -> list[Path]:
+        return places_of(self.folder or "", self._root)
+
+    @property
     def _path(self) -> Path:
-        # An absolute path stays what it is: joining drops what stands before it.
-        return self._root / Path(self.folder or "").expanduser()
+        return first_there(self._places)
 
     @property
     def class_names(self) -> list[str]:
@@ -64,7 +67,9 @@ class ImageFolderDataModule(ImageDataModule):
         train = self._path / "train"
         if not train.is_dir():
             name = f"The image folder '{self.folder or self._path}'"
-            raise not_found(name, looked_for=[train], data_dir=self.data_dir, download=False)
+            raise not_found(
+                name, looked_for=[place / "train" for place in self._places], data_dir=self.data_dir, download=False
+            )
         names = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
         if len(names) < 2:
             raise ValueError(
@@ -72,6 +77,12 @@ class ImageFolderDataModule(ImageDataModule):
                 "Each class's images belong into a folder of their own."
             )
         return names
+
+    @property
+    def predicted_files(self) -> list[str]:
+        """Paths of the images that predictions are made for, in their order; empty before `setup`."""
+        source = self._sources.get("test")
+        return list(source.files) if isinstance(source, FileSource) else []
 
     def prepare_data(self) -> None:
         """Check the folders.

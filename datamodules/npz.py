@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsdp.datamodules._paths import not_found
+from bsdp.datamodules._paths import first_there, not_found, places_of
 from bsdp.datamodules.arrays import ArraySource, Augment
 from bsdp.datamodules.base import ImageDataModule, Split
 
@@ -52,8 +52,7 @@ class NPZDataModule(ImageDataModule):
 
     @property
     def _path(self) -> Path:
-        # An absolute path stays what it is: joining drops what stands before it.
-        return self._root / Path(self.file).expanduser()
+        return first_there(places_of(self.file, self._root))
 
     @property
     def class_names(self) -> list[str]:
@@ -159,7 +158,8 @@ class NPZDataModule(ImageDataModule):
     @contextmanager
     def _open(self) -> Iterator[Any]:
         if not self._path.is_file():
-            raise not_found(f"The file '{self.file}'", looked_for=[self._path], data_dir=self.data_dir, download=False)
+            places = places_of(self.file, self._root)
+            raise not_found(f"The file '{self.file}'", looked_for=places, data_dir=self.data_dir, download=False)
         with self._path.open("rb") as file:
             try:
                 arrays = np.load(file, allow_pickle=False)

@@ -164,7 +164,8 @@ def test_fit_test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
     assert cli.main(["predict", "--ckpt_path=last"]) == 0
     predictions = rows(folder / "logs/tiny/predict/version_0/predictions.csv")
-    assert predictions[0] == "index,label,probability" and len(predictions) == 33
+    assert predictions[0] == "index,label,probability,class" and len(predictions) == 33
+    assert all(line.split(",")[1] == line.split(",")[3] for line in predictions[1:])  # digits are named by themselves
     loaded = TransferTask.load_from_checkpoint(checkpoint)
     assert isinstance(loaded.optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.SGD)
 

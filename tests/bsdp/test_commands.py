@@ -151,6 +151,7 @@ def test_a_file_that_fails_the_check_is_not_kept(
         (["--format", "pt2", "--image-size", "many"], "image_size"),
         (["--format", "pt2", "--output", "."], "is a folder"),
         (["--format", "pt2", "--outputs", "x"], "outputs"),
+        (["--format", "pt2", "--output", "x.onnx"], "`output`: 'x.onnx' would be a pt2 file by the name of another"),
         (["--format", "pt2", "--output", f"{__file__}/x.pt2"], "`output`: cannot write to the folder"),
     ],
 )

@@ -37,6 +37,20 @@ def test_attributes_come_from_the_folders(root: Path) -> None:
     assert ImageFolderDataModule(data_dir="/nowhere", folder=str(root / "insects")).class_names == ["ant", "bee"]
 
 
+def test_a_relative_folder_is_one_here_or_below_the_data(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    for data_dir in ("/nowhere", str(root)):
+        assert ImageFolderDataModule(data_dir=data_dir, folder="insects").class_names == ["ant", "bee"]
+    with pytest.raises(FileNotFoundError, match=f"'/nowhere/birds/train', '{root}/birds/train'"):
+        ImageFolderDataModule(data_dir="/nowhere", folder="birds").class_names  # noqa: B018 (reading raises)
+
+
+def test_predictions_know_their_files(root: Path) -> None:
+    assert ImageFolderDataModule(data_dir=str(root), folder="insects").predicted_files == []
+    files = module_of(root).predicted_files
+    assert [Path(file).parent.name for file in files] == ["ant"] * 3 + ["bee"] * 2
+
+
 def test_splits_and_shapes(root: Path) -> None:
     data = module_of(root)
     assert whole(data.test_dataloader())[1].tolist() == [0, 0, 0, 1, 1]

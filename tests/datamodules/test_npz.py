@@ -56,6 +56,13 @@ def test_image_of_any_shape_is_resized_to_a_square(tmp_path: Path) -> None:
     assert images.shape == (8, 3, 16, 16)
 
 
+def test_a_relative_file_is_one_here_or_below_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_npz(tmp_path / "x.npz")
+    monkeypatch.chdir(tmp_path)
+    for data_dir in ("/nowhere", str(tmp_path)):
+        assert NPZDataModule(file="x.npz", data_dir=data_dir).num_classes > 1
+
+
 def test_refuses_an_absent_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"Looked for '{tmp_path}/set.npz'")):
         _ = NPZDataModule(data_dir=str(tmp_path), file="set.npz").num_classes
