@@ -287,3 +287,10 @@ def test_run_folders_hold_a_configuration(tmp_path: Path) -> None:
 def test_reading_needs_no_lightning(run: Path) -> None:
     code = f"import sys; from bsdp.artifacts import load_artifact; load_artifact({str(run)!r})"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'lightning' not in sys.modules"], check=True)
+
+
+def test_a_pruned_checkpoint_is_no_weight_file(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"`weights`: .*pruned.ckpt holds a pruned network"):
+        build_backbone("bsdp:resnet20", weights=str(run / "pruned.ckpt"))
+    whole = build_backbone("bsdp:resnet20", weights=str(run / "checkpoints" / "last.ckpt"))
+    assert whole.num_classes == 4
