@@ -22,9 +22,9 @@ from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.round_settings import RoundSettings
 from bsdp.schedules import kept_share
+from bsdp.snapshots import copy_values, load_values
 from bsdp.stages import Stage
 from bsdp.structure import set_shape, shape_of
-from bsdp.surgery import load_tensors
 
 
 class RoundPruner:
@@ -276,7 +276,7 @@ class RoundPruner:
             warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
         if state is not None:
             set_shape(self.model, shape)
-            load_tensors(self.model, state)
+            load_values(self.model, state)
             for optimizer in optimizers:
                 drop_stale_optimizer_state(optimizer)
         self.finish(index)
@@ -361,7 +361,7 @@ class RoundPruner:
         return not broken and all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
     def _state(self) -> dict[str, Tensor]:
-        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
+        return copy_values(self.model, device="cpu")
 
     def _round_record(self, index: int, epoch: int, before: float | None = None) -> RoundRecord:
         cost, ranks = self.cost, self.ranks
