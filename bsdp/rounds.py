@@ -193,7 +193,7 @@ class RoundPruner:
             if not self._is_sound():
                 raise NoScoresError("the weights are NaN or infinite.")
             if self.distillation is not None and self.record.reference_state is None:  # there was no validation
-                self.record.reference_state, self.record.reference_shape = self._state(), shape_of(self.model)
+                self._keep_reference()
             reached = self.remove(kept * self.record.original(settings.target_kind), list(optimizers))
         except NoScoresError as error:
             warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
@@ -228,12 +228,10 @@ class RoundPruner:
         self.record.update_last(accuracy_best=value)
         if last.round == 0:
             self.record.reference = value
-            self.record.reference_state = self._state()
-            self.record.reference_shape = shape_of(self.model)
+            self._keep_reference()
         elif self.tolerated(value):
             # Rounds only ever get smaller, so the newest tolerated structure is the smallest.
-            state, shape = self._state(), shape_of(self.model)
-            self.candidate = {"round": last.round, "value": value, "state": state, "shape": shape}
+            self._keep_candidate(value)
 
     def tolerated(self, value: float) -> bool:
         """Whether a monitored value is within the tolerance of the reference."""
@@ -326,7 +324,7 @@ class RoundPruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the model must have the structure of then."""
+        """Continue from `state_dict`; the model must have the structure of then (of an ended run, the weights, too)."""
         self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
         self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
         self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
@@ -338,9 +336,8 @@ class RoundPruner:
         record, settings = self.record, self.settings
         monitor, network = record.monitor, record.network
         record.load_state_dict(state["record"])
-        if record.chosen is not None:  # a finished run goes on from the round it ended with
-            record.rounds = record.rounds[: record.chosen + 1]
-            record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        if record.chosen is not None:
+            self._go_on_from(record.chosen)
         if record.tolerance != settings.tolerance:
             self.failed_rounds, self.stopped = 0, False
         # What decides from now on are the settings of this run, and reports must say so.
@@ -351,6 +348,28 @@ class RoundPruner:
         self.cost = self.measured_cost()
         if self.distillation is not None and self.distillation.started and record.reference_state is None:
             self.distillation.teacher()  # which says why there is none
+
+    def _go_on_from(self, index: int) -> None:
+        """Take up a run that ended with a round: its model is the one to fall back on, though it was let go then."""
+        record = self.record
+        record.rounds = record.rounds[: index + 1]
+        record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        self.judged_round = min(self.judged_round, index)
+        value = record.rounds[index].accuracy_best
+        if value is None or not self._is_sound():
+            return
+        self._last_value = value
+        if index > 0:
+            self._keep_candidate(value)
+        elif record.reference_state is None:
+            self._keep_reference()
+
+    def _keep_candidate(self, value: float) -> None:
+        state, shape = self._state(), shape_of(self.model)
+        self.candidate = {"round": self.record.rounds[-1].round, "value": value, "state": state, "shape": shape}
+
+    def _keep_reference(self) -> None:
+        self.record.reference_state, self.record.reference_shape = self._state(), shape_of(self.model)
 
     def _better(self, value: float, other: float) -> bool:
         return value > other if self.settings.mode == "max" else value < other

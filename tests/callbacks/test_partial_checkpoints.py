@@ -44,9 +44,9 @@ class Partial(Classifier):
         return dict(state) if self.plain else state
 
 
-def fit(folder: Path, callbacks: list[Callback], module: Partial) -> Any:
-    trainer = make_trainer(folder, callbacks, max_epochs=2)
-    trainer.fit(module, datamodule=Stripes())
+def fit(folder: Path, callbacks: list[Callback], module: Partial, *, epochs: int = 2, **options: Any) -> Any:
+    trainer = make_trainer(folder, callbacks, max_epochs=epochs)
+    trainer.fit(module, datamodule=Stripes(), **options)
     return next(callback for callback in callbacks if hasattr(callback, "pruner"))
 
 
@@ -60,3 +60,5 @@ def test_a_run_ends_with_files_that_follow_the_module(kind: str, plain: bool, tm
     images = torch.randn(2, 1, 8, 8)
     loaded = bsdp.load(Partial(plain=plain), pruning.weights_path)
     torch.testing.assert_close(loaded(images), module.eval()(images), rtol=1e-4, atol=1e-5)
+    resumed = fit(tmp_path, CALLBACKS[kind](), Partial(plain=plain), epochs=3, ckpt_path=pruning.checkpoint_path)
+    assert resumed.record.chosen == 1
