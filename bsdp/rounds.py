@@ -344,6 +344,8 @@ class RoundPruner:
         record.monitor, record.network, record.mode = monitor, network, settings.mode
         record.target, record.target_kind = settings.target, settings.target_kind
         record.tolerance = settings.tolerance
+        if self.candidate is not None and not self.tolerated(self.candidate["value"]):
+            self.candidate = None
         self.cost = record.cost
         self.cost = self.measured_cost()
         if self.distillation is not None and self.distillation.started and record.reference_state is None:

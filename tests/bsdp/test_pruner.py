@@ -221,6 +221,21 @@ def test_rounds_after_a_finished_run_are_judged() -> None:
     assert again.should_stop(3)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_tighter_tolerance_lets_a_candidate_of_the_looser_one_go(finished: bool) -> None:
+    model, pruner = make(tolerance=0.1, rounds=3, importance="magnitude")
+    pruner.observe(0.9)
+    pruner.cut(1)
+    pruner.observe(0.82)
+    if finished:
+        pruner.restore()
+    for tolerance, kept in ((0.01, False), (0.09, True), (None, True)):
+        settings = PruningSettings(target=0.4, rounds=3, importance="magnitude", tolerance=tolerance)
+        again = IterativePruner(model, settings, bsdp.measure_cost(model))
+        again.load_state_dict(copy.deepcopy(pruner.state_dict()))
+        assert (again.candidate is not None) == kept
+
+
 def test_settings_of_the_present_run_decide_and_are_reported() -> None:
     model, pruner = make(tolerance=0.01)
     pruner.stopped = True
