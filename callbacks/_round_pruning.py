@@ -258,6 +258,7 @@ class RoundPruning(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the structure, and stop when too many rounds ended below the tolerance."""
+        self._detach()  # an epoch may end by `on_train_batch_start`, after which `on_train_batch_end` does not come
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         problem = self._watching().problem()
@@ -369,6 +370,7 @@ class RoundPruning(Callback, ABC):
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
 
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
         follow_cut(trainer, pl_module)

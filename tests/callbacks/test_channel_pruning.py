@@ -181,6 +181,31 @@ def test_accumulation_cuts_as_a_big_batch_does(tmp_path: Path) -> None:
     assert records[0] == records[1]
 
 
+class EndsEpochs(ResidualClassifier):
+    """Ends every epoch as the fifth batch starts, on which features are watched."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx >= 4 else None
+
+
+class Hooks(Callback):
+    """Counts the forward hooks at the end of every epoch; it must stand behind the pruning callback."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.counts.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pl_module.modules()))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nothing_stays_attached_when_the_module_ends_an_epoch(double: bool, tmp_path: Path) -> None:
+    module, hooks = EndsEpochs(), Hooks()
+    _, callback, watch = fit(module, tmp_path, hooks, double=double, pruning={"target": 0.3, "rounds": 1})
+    check(module, callback, watch)
+    assert hooks.counts == [0] * 4
+
+
 class Scores(Callback):
     """Copies the scores after the first step."""
 
