@@ -40,6 +40,11 @@ class BasisStage:
         """Whether `update` must see gradients."""
         return self.scores.needs_gradients
 
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`."""
+        return self.scores.needs_hooks
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds the scaling factors."""
         delta = next(iter(self.pairs.values())).scaling.delta

@@ -164,6 +164,11 @@ class ChannelStage:
         return bool(self.scores.needs_gradients)
 
     @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`."""
+        return bool(self.scores.needs_hooks)
+
+    @property
     def scored(self) -> set[str]:
         """Groups that can get scores; the others stay whole."""
         if self.settings.criterion == "bn_scale":

@@ -19,6 +19,10 @@ class Stage(Protocol):
     def needs_gradients(self) -> bool:
         """Whether `update` must see gradients."""
 
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`, of all batches of a step."""
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether the steps of this optimizer are those to score."""
 

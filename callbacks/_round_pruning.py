@@ -158,6 +158,7 @@ class RoundPruning(Callback, ABC):
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
             restore_random_states(self._loaded["random"])
+            self._watch.step = self._loaded.get("step", 0)  # older files have none
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
@@ -230,7 +231,7 @@ class RoundPruning(Callback, ABC):
         if self.pruner is not None:
             self.pruner.update(optimizer)
         if self._watch is not None:
-            self._watch.note_gradients()
+            self._watch.note_gradients(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -318,6 +319,7 @@ class RoundPruning(Callback, ABC):
             **self.pruner.state_dict(),
             "rounds": self.pruner.settings.rounds if started else None,
             "random": random_states(),
+            "step": self._watching().next_step,
         }
         if self.record.chosen is not None and not self.settings.distillation:
             state["record"]["reference_state"] = None  # a finished run needs it no more

@@ -206,6 +206,67 @@ def test_nothing_stays_attached_when_the_module_ends_an_epoch(double: bool, tmp_
     assert hooks.counts == [0] * 4
 
 
+class Still(ResidualClassifier):
+    """Learns nothing, from losses that it accumulates itself.
+
+    Args:
+        manual: Step by itself after so many batches; 0: leave that to the trainer.
+    """
+
+    def __init__(self, *, manual: int = 0) -> None:
+        super().__init__(norm=False)
+        self.automatic_optimization, self.manual = not manual, manual
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not self.manual:
+            return loss
+        self.manual_backward(loss / self.manual)
+        if (batch_idx + 1) % self.manual == 0:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+    def build(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+
+class FirstEpoch(Callback):
+    """Notes the scores of channels and their number of steps at the end of the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            callback = next(c for c in trainer.callbacks if hasattr(c, "pruner"))  # type: ignore[attr-defined]
+            scores = callback.pruner.stages["channel"].scores
+            self.steps, self.scores = scores._steps.tolist(), scores.compute()
+
+
+def scores_of(folder: Path, batch_size: int, *, manual: int = 0, double: bool = False, **options: Any) -> FirstEpoch:
+    torch.manual_seed(0)
+    first, pruning = FirstEpoch(), {"target": 0.3, "rounds": 1, **options.pop("pruning", {})}
+    if double:
+        pruning["split"] = 0.0
+        options["decomposition"] = {"metric": "euclidean"}
+    call = {"datamodule": Stripes(batch_size=batch_size)}
+    fit(Still(manual=manual), folder, first, double=double, pruning=pruning, call=call, max_epochs=2, **options)
+    return first
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"manual": 2}], ids=["trainer", "manual"])
+def test_scores_by_hooks_are_those_of_whole_steps(options: dict[str, Any], tmp_path: Path) -> None:
+    whole, parts = scores_of(tmp_path, 12, double=True), scores_of(tmp_path, 6, double=True, **options)
+    assert whole.steps == parts.steps and set(whole.steps) == {8.0}  # those by hooks and those by weights
+    for name, score in whole.scores.items():
+        torch.testing.assert_close(parts.scores[name], score)
+
+
+def test_all_steps_of_a_short_epoch_are_scored_the_last_shorter_one_too(tmp_path: Path) -> None:
+    pruning = {"criterion": "taylor_2016"}
+    assert set(scores_of(tmp_path, 8, pruning=pruning).steps) == {12.0}
+    assert set(scores_of(tmp_path, 8, pruning=pruning, accumulate_grad_batches=5).steps) == {3.0}
+
+
 class Scores(Callback):
     """Copies the scores after the first step."""
 
