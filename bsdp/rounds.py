@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -130,19 +130,20 @@ class RoundPruner:
         """Whether a cut has to be made before `epoch` (counted from 0) trains."""
         return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
 
-    def update(self, optimizer: Optimizer | None = None) -> None:
+    def update(self, optimizer: Optimizer | None = None, *, optimizers: Sequence[Optimizer] = ()) -> None:
         """Add the scores of the gradients that stand now, then penalties to the gradients; once per optimizer step.
 
         Penalties only prepare cuts: none is added after the last one.
 
         Args:
-            optimizer: The one that is about to step, where there are several; stages that it does not concern wait.
+            optimizer: The one that is about to step, where there are several; what it does not concern waits.
+            optimizers: All there are. Without them, one that holds part of what is scored scores all of it.
         """
         for stage in self.stages.values():
             if optimizer is None or stage.holds(optimizer):
-                stage.update()
+                stage.update(optimizer, optimizers)
                 if not self.stopped and self.scheduled < self.settings.rounds:
-                    stage.penalise()
+                    stage.penalise(optimizer)
 
     @contextmanager
     def collecting(self, scale: float = 1.0, parts: int = 1) -> Iterator[None]:

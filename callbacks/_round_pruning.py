@@ -229,7 +229,7 @@ class RoundPruning(Callback, ABC):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
         if self.pruner is not None:
-            self.pruner.update(optimizer)
+            self.pruner.update(optimizer, optimizers=trainer.optimizers)
         if self._watch is not None:
             self._watch.note_gradients(optimizer)
 

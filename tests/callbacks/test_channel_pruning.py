@@ -267,6 +267,48 @@ def test_all_steps_of_a_short_epoch_are_scored_the_last_shorter_one_too(tmp_path
     assert set(scores_of(tmp_path, 8, pruning=pruning, accumulate_grad_batches=5).steps) == {3.0}
 
 
+class InTurns(Still):
+    """Has one optimizer for the head and one for the rest.
+
+    Args:
+        head_first: Step the head first.
+        two: Have two optimizers.
+    """
+
+    def __init__(self, *, two: bool, head_first: bool = False) -> None:
+        super().__init__(manual=1)
+        self.two, self.head_first = two, head_first
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(ResidualClassifier.training_step(self, batch, batch_idx))
+        for optimizer in self.optimizers() if self.two else [self.optimizers()]:  # type: ignore[union-attr]
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        head = [*self.network.head.parameters()]
+        rest = [p for p in self.parameters() if not any(p is other for other in head)]
+        parts = ([head, rest] if self.head_first else [rest, head]) if self.two else [[*self.parameters()]]
+        return [torch.optim.SGD(part, lr=0.0) for part in parts]
+
+
+@pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
+@pytest.mark.parametrize("head_first", [False, True])
+def test_every_group_is_scored_once_by_one_of_several_optimizers(
+    head_first: bool, criterion: str, tmp_path: Path
+) -> None:
+    found = []
+    for two in (False, True):
+        torch.manual_seed(0)
+        first, pruning = FirstEpoch(), {"target": 0.3, "rounds": 1, "criterion": criterion}
+        fit(InTurns(two=two, head_first=head_first), tmp_path, first, pruning=pruning, max_epochs=2)
+        found.append(first)
+    one, several = found
+    assert one.steps == several.steps and set(one.steps) == {6.0}
+    for name, score in one.scores.items():
+        torch.testing.assert_close(several.scores[name], score)
+
+
 class Scores(Callback):
     """Copies the scores after the first step."""
 
