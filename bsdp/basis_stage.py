@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ from bsdp.cost import ModelCost
 from bsdp.feature_statistics import FeatureStatistics
 from bsdp.importance import ScoreAccumulator
 from bsdp.layers import named_pairs
+from bsdp.optimizers import held_parts
 from bsdp.pruning import prune
 from bsdp.score_average import ScoreAverage
 from bsdp.selection import PruningPlan, select
@@ -40,19 +41,24 @@ class BasisStage:
         """Whether `update` must see gradients."""
         return self.scores.needs_gradients
 
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`."""
+        return self.scores.needs_hooks
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds the scaling factors."""
         delta = next(iter(self.pairs.values())).scaling.delta
         return any(p is delta for group in optimizer.param_groups for p in group["params"])
 
-    def update(self) -> None:
+    def update(self, optimizer: Optimizer | None = None, optimizers: Sequence[Optimizer] = ()) -> None:
         """Add the scores of the gradients that stand now."""
         self.scores.update()
 
-    def penalise(self) -> None:
-        """Add the gradient of the L1 penalty on the scaling factors."""
+    def penalise(self, optimizer: Optimizer | None = None) -> None:
+        """Add the gradient of the L1 penalty on the scaling factors that the optimizer holds."""
         if self.settings.sparsifier == "l1":
-            deltas = (pair.scaling.delta for pair in self.pairs.values())
+            deltas = held_parts((pair.scaling.delta for pair in self.pairs.values()), optimizer)
             add_l1_gradient(deltas, self.settings.sparsity_weight, origin=-1.0)
 
     def reset(self) -> None:

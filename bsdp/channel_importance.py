@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,11 @@ class ChannelScores:
         self._terms = StepTerms(self._readers, per_example=self.criterion == "taylor_2016")
         self.reset()
 
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters, by group, of the layers that read it, whose gradients its terms are made of."""
+        layers, readers = self._readers.layers, zip(self.groups, self._readers.of_group, strict=True)
+        return {group: [p for name in names for p in layers[name].parameters()] for group, names in readers}
+
     def reset(self) -> None:
         """Forget everything collected."""
         self._terms.clear()
@@ -147,11 +152,15 @@ class ChannelScores:
         return add
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Add the terms of one optimizer step: of the gradients that stand now, and of what the hooks saw."""
+    def update(self, groups: Sequence[bool] | None = None) -> None:
+        """Add the terms of one optimizer step: of the gradients that stand now, and of what the hooks saw.
+
+        Args:
+            groups: Which groups the step is one of, where several optimizers share a model; None for all.
+        """
         if not self.needs_gradients:
             return
-        value, seen = self._terms.take()
+        value, seen = self._terms.take(groups)
         if value is None or not any(seen):
             return  # a step that did not concern these layers, or was not watched
         finite = value.isfinite().all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from bsdp.channel_selection import (
 from bsdp.channel_surgery import remove_channels
 from bsdp.cost import ModelCost
 from bsdp.layers import named_pairs
+from bsdp.optimizers import Turns, held_by, held_parts
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
 from bsdp.round_settings import RoundSettings, out_of_rounds
@@ -148,6 +149,7 @@ class ChannelStage:
         layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
         self.positions = measure_positions(network, layers, self.example)
         self.means = InputMeans(network, self.groups)
+        self._turns = Turns()
         self._computed: dict[str, Tensor] | None = None  # since the last step, so that plans of one cut agree
         self.scores: Any
         if settings.criterion in SCALED:
@@ -164,6 +166,11 @@ class ChannelStage:
         return bool(self.scores.needs_gradients)
 
     @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`."""
+        return bool(self.scores.needs_hooks)
+
+    @property
     def scored(self) -> set[str]:
         """Groups that can get scores; the others stay whole."""
         if self.settings.criterion == "bn_scale":
@@ -172,19 +179,24 @@ class ChannelStage:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds anything of the network."""
-        own = {id(p) for p in self.network.parameters()}
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        return not held_by(optimizer).isdisjoint(map(id, self.network.parameters()))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Add the scores of the gradients that stand now."""
+    def update(self, optimizer: Optimizer | None = None, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Add the scores of the gradients that stand now, those of every group with one of the optimizers."""
         self._computed = None
-        self.scores.update()
+        ours = [other for other in optimizers if self.holds(other)]
+        if optimizer is None or len(ours) < 2 or all(other is not optimizer for other in ours):
+            self.scores.update()
+        elif isinstance(self.scores, ChannelScores):
+            self.scores.update(self._turns.of(optimizer, self.scores.parameters(), ours))
+        elif all(self._turns.of(optimizer, {"scales": self.penalised()}, ours)):
+            self.scores.update()
 
-    def penalise(self) -> None:
-        """Add the gradient of the L1 penalty."""
+    def penalise(self, optimizer: Optimizer | None = None) -> None:
+        """Add the gradient of the L1 penalty to what the optimizer holds."""
         if self.settings.l1:
-            add_l1_gradient(self.penalised(), self.settings.l1)
+            add_l1_gradient(held_parts(self.penalised(), optimizer), self.settings.l1)
 
     def penalised(self) -> list[Tensor]:
         """What the L1 penalty is on: channel factors, or the batch-norm weights of the groups."""
@@ -198,6 +210,7 @@ class ChannelStage:
     def reset(self) -> None:
         """Forget all scores."""
         self._computed = None
+        self._turns.reset()
         self.scores.reset()
         self.means.reset()
 
@@ -205,6 +218,7 @@ class ChannelStage:
         """Follow the network after a cut of channels, forgetting all scores."""
         self.groups = channel_groups(self.network, self.example, exclude=self.settings.exclude, check=False)
         self._computed = None
+        self._turns.reset()
         self.scores.rebind(self.groups)
         self.means.rebind(self.groups)
 

@@ -6,7 +6,7 @@ weight has no gradient (it is frozen, or the reader is a pair), and terms per ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,15 +88,38 @@ class StepTerms:
             self._seen.update(values)
         self._watched = {}
 
-    def take(self) -> tuple[Tensor | None, list[bool]]:
-        """Non-negative terms of the step per unit, and which groups have any; then forget them."""
+    def take(self, groups: Sequence[bool] | None = None) -> tuple[Tensor | None, list[bool]]:
+        """Non-negative terms of the step per unit, and which groups have any; then forget them.
+
+        Args:
+            groups: Which groups to take, the others wait and have zeros; None for all.
+        """
         if self.per_example:
             self.settle()
-            result = self._settled, [not self._seen.isdisjoint(names) for names in self.readers.of_group]
+            terms, seen = self._settled, [not self._seen.isdisjoint(names) for names in self.readers.of_group]
         else:
-            result = self._whole_step()
-        self.clear()
-        return result
+            terms, seen = self._whole_step()
+        if groups is None or all(groups):
+            self.clear()
+            return terms, seen
+        seen = [found and wanted for found, wanted in zip(seen, groups, strict=True)]
+        terms = None if terms is None else torch.where(self._units(groups, terms), terms, 0.0)
+        self._forget(groups)
+        return terms, seen
+
+    def _units(self, groups: Sequence[bool], like: Tensor) -> Tensor:
+        """Which units are of the groups that are marked."""
+        return torch.tensor(groups).repeat_interleave(torch.tensor(self.readers.sizes)).to(like.device)
+
+    def _forget(self, groups: Sequence[bool]) -> None:
+        """Forget the step of the groups that are marked, in place: a backward for the others may be still to come."""
+        kept = _names(self.readers, [not marked for marked in groups])
+        for values in self._watched.values():
+            for name in values.keys() - kept:
+                del values[name]
+        self._seen &= kept
+        if self._settled is not None:
+            self._settled = torch.where(self._units(groups, self._settled), 0.0, self._settled)
 
     def _whole_step(self) -> tuple[Tensor | None, list[bool]]:
         readers, hooked = self.readers, self.hooked()
@@ -114,7 +137,7 @@ class StepTerms:
         by_hook, by_weight = (readers.units(readers.flat(v)) if v else None for v in (hooks, weights))
         terms = by_weight if by_hook is None else by_hook
         if terms is not None and any(hooked) and not all(hooked):
-            use = torch.tensor(hooked).repeat_interleave(torch.tensor(readers.sizes)).to(terms.device)
+            use = self._units(hooked, terms)
             zero = terms.new_zeros(())  # a reader may serve both kinds of groups, and one kind may be missing
             terms = torch.where(use, zero if by_hook is None else by_hook, zero if by_weight is None else by_weight)
         return (None if terms is None else taylor_2019(terms)), seen

@@ -130,12 +130,16 @@ class SparseDelta(nn.Module):
         self.mask, self.noise = mask.to(self.value.device), []
         self.alpha = self.group_alpha = None  # type: ignore[assignment]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def follow_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Take the form of a state dict that is loaded next; this delta's names in it begin with `prefix`."""
         mask = state_dict.get(f"{prefix}mask")
         if mask is None and self.fixed and f"{prefix}alpha" in state_dict:
             self.open_gates()
         elif isinstance(mask, Tensor) and not self.fixed:
             self.close_gates(torch.zeros_like(self.value, dtype=torch.bool))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.follow_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from bsdp._checks import check_above, check_fraction
 from bsdp.compiling import inside_compiled, uncompiled
 from bsdp.record import PruningRecord
+from bsdp.snapshots import load_values
 from bsdp.structure import set_shape
-from bsdp.surgery import load_tensors
 
 See = Callable[[tuple[Any, ...], dict[str, Any], Tensor], None]
 
@@ -157,7 +157,7 @@ def copy_of_then(model: nn.Module, name: str, state: Mapping[str, Tensor], shape
     Args:
         model: The model as it is now.
         name: Dotted name of the part; "" for all.
-        state: State dict of the model then.
+        state: The values of the model then, see `bsdp.snapshots.copy_values`.
         shape: Its shape then, see `bsdp.structure.shape_of`.
     """
     part = model.get_submodule(name) if name else model
@@ -169,7 +169,7 @@ def copy_of_then(model: nn.Module, name: str, state: Mapping[str, Tensor], shape
         for table, entries in shape.items()
     }
     set_shape(made, inside)
-    load_tensors(made, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    load_values(made, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
     for parameter in made.parameters():
         parameter.grad = None
     return made.eval().requires_grad_(False)

@@ -38,11 +38,11 @@ from bsdp.round_settings import out_of_rounds
 from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS
+from bsdp.snapshots import copy_values, load_values
 from bsdp.sparsifiers import check_sparsifier
 from bsdp.stages import Stage
 from bsdp.stats import measure_cost
 from bsdp.structure import set_shape, shape_of
-from bsdp.surgery import load_tensors
 from bsdp.widths import widths_of
 
 CUTS = ("basis", "channel", "basis and channel")
@@ -341,15 +341,15 @@ class DoublePruner(RoundPruner):
 
     def _try(self, how: str, budget: float, before: Tensor, probe: Probe) -> float:
         network = self.network
-        state = {key: value.detach().clone() for key, value in network.state_dict().items()}
-        shape, gradients = shape_of(network), {key: p.grad for key, p in network.named_parameters()}
+        state, shape = copy_values(network), shape_of(network)
+        gradients = {key: p.grad for key, p in network.named_parameters()}
         try:
             change = output_change(before, probe()) if self._cut(how, budget, []) else math.inf
         except NoScoresError:
             change = math.inf
         finally:
             set_shape(network, shape)
-            load_tensors(network, state)
+            load_values(network, state)
             for key, parameter in network.named_parameters():
                 parameter.grad = gradients[key]
         change = self.average(change)

@@ -10,7 +10,7 @@ the weight's axes only; their `scaling` runs at the output's resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -378,13 +378,17 @@ class BasisPair(nn.Module):
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return from_matrix(matrix, weight_of(self.basis).shape[2:], transposed=self.transposed)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Runs before the children load, so that a checkpoint of another rank fits without knowing any structure.
+    def follow_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Take the rank of a state dict that is loaded next; this pair's names in it begin with `prefix`."""
         incoming = state_dict.get(f"{prefix}scaling.weight")
         if isinstance(incoming, Tensor) and incoming.dim() == self.scaling.weight.dim():
             rank = int(incoming.shape[1])
             if rank != self.rank and 1 <= rank <= self.full_rank:
                 self.resize(rank)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Runs before the children load, so that a checkpoint of another rank fits without knowing any structure.
+        self.follow_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

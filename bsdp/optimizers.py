@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+def held_by(optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters that an optimizer holds."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def held_parts(parameters: Iterable[Tensor], optimizer: Optimizer | None) -> list[Tensor]:
+    """The parameters that an optimizer holds; all without one."""
+    held = None if optimizer is None else held_by(optimizer)
+    return [parameter for parameter in parameters if held is None or id(parameter) in held]
+
+
+class Turns:
+    """Which of several optimizers each part of a model is scored with: one of those that hold something of it.
+
+    It is the first of them to step, when the gradients of all are still there.
+    """
+
+    def __init__(self) -> None:
+        self._takers: dict[str, Optimizer] = {}
+
+    def reset(self) -> None:
+        """Choose anew."""
+        self._takers.clear()
+
+    def of(
+        self, optimizer: Optimizer, parts: Mapping[str, Iterable[Tensor]], optimizers: Sequence[Optimizer]
+    ) -> list[bool]:
+        """Whether it is the turn of each part as an optimizer is about to step.
+
+        Args:
+            optimizer: One of `optimizers`.
+            parts: Parameters by part. Those that no optimizer holds go with the first one.
+            optimizers: All that hold something of the model.
+        """
+        held = [(other, held_by(other)) for other in optimizers]
+        turns = []
+        for name, parameters in parts.items():
+            own = {id(parameter) for parameter in parameters}
+            holders = [other for other, theirs in held if not own.isdisjoint(theirs)] or optimizers[:1]
+            concerned = any(other is optimizer for other in holders)
+            turns.append(concerned and self._takers.setdefault(name, optimizer) is optimizer)
+        return turns
 
 
 def adopt_parameters(
@@ -27,7 +71,7 @@ def adopt_parameters(
         The new parameters that no optimizer could take, because none held what they replaced.
     """
     alive = {id(p) for p in model.parameters()}
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {identity for optimizer in optimizers for identity in held_by(optimizer)}
     wanted: dict[int, nn.Parameter] = {}
     for old, new in successors:
         if id(new) in held or not new.requires_grad:

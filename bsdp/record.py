@@ -61,7 +61,7 @@ class PruningRecord:
         rounds: The structures in order.
         reference: Best monitored value of the unpruned model in the warm-up.
         chosen: Index in `rounds` of the structure the run ended with; None while it runs.
-        reference_state: State dict of the whole module at the reference; a callback state, not part of a report.
+        reference_state: Values of the whole module at the reference, see `bsdp.snapshots`; not part of a report.
         reference_shape: Widths and scales of the module at the reference, see `bsdp.structure.shape_of`.
     """
 

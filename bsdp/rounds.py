@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -22,9 +22,9 @@ from bsdp.pruning import drop_stale_optimizer_state
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.round_settings import RoundSettings
 from bsdp.schedules import kept_share
+from bsdp.snapshots import copy_values, load_values
 from bsdp.stages import Stage
 from bsdp.structure import set_shape, shape_of
-from bsdp.surgery import load_tensors
 
 
 class RoundPruner:
@@ -130,19 +130,20 @@ class RoundPruner:
         """Whether a cut has to be made before `epoch` (counted from 0) trains."""
         return not self.stopped and self.scheduled < self.settings.rounds and epoch >= self.next_cut
 
-    def update(self, optimizer: Optimizer | None = None) -> None:
+    def update(self, optimizer: Optimizer | None = None, *, optimizers: Sequence[Optimizer] = ()) -> None:
         """Add the scores of the gradients that stand now, then penalties to the gradients; once per optimizer step.
 
         Penalties only prepare cuts: none is added after the last one.
 
         Args:
-            optimizer: The one that is about to step, where there are several; stages that it does not concern wait.
+            optimizer: The one that is about to step, where there are several; what it does not concern waits.
+            optimizers: All there are. Without them, one that holds part of what is scored scores all of it.
         """
         for stage in self.stages.values():
             if optimizer is None or stage.holds(optimizer):
-                stage.update()
+                stage.update(optimizer, optimizers)
                 if not self.stopped and self.scheduled < self.settings.rounds:
-                    stage.penalise()
+                    stage.penalise(optimizer)
 
     @contextmanager
     def collecting(self, scale: float = 1.0, parts: int = 1) -> Iterator[None]:
@@ -193,7 +194,7 @@ class RoundPruner:
             if not self._is_sound():
                 raise NoScoresError("the weights are NaN or infinite.")
             if self.distillation is not None and self.record.reference_state is None:  # there was no validation
-                self.record.reference_state, self.record.reference_shape = self._state(), shape_of(self.model)
+                self._keep_reference()
             reached = self.remove(kept * self.record.original(settings.target_kind), list(optimizers))
         except NoScoresError as error:
             warnings.warn(f"pruning round {self.scheduled} is skipped: {error}", stacklevel=2)
@@ -228,12 +229,10 @@ class RoundPruner:
         self.record.update_last(accuracy_best=value)
         if last.round == 0:
             self.record.reference = value
-            self.record.reference_state = self._state()
-            self.record.reference_shape = shape_of(self.model)
+            self._keep_reference()
         elif self.tolerated(value):
             # Rounds only ever get smaller, so the newest tolerated structure is the smallest.
-            state, shape = self._state(), shape_of(self.model)
-            self.candidate = {"round": last.round, "value": value, "state": state, "shape": shape}
+            self._keep_candidate(value)
 
     def tolerated(self, value: float) -> bool:
         """Whether a monitored value is within the tolerance of the reference."""
@@ -276,7 +275,7 @@ class RoundPruner:
             warnings.warn(f"the weights have become NaN or infinite: {left}. Lower the learning rate.", stacklevel=2)
         if state is not None:
             set_shape(self.model, shape)
-            load_tensors(self.model, state)
+            load_values(self.model, state)
             for optimizer in optimizers:
                 drop_stale_optimizer_state(optimizer)
         self.finish(index)
@@ -326,7 +325,7 @@ class RoundPruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the model must have the structure of then."""
+        """Continue from `state_dict`; the model must have the structure of then (of an ended run, the weights, too)."""
         self.scheduled, self.failed_rounds = int(state["scheduled"]), int(state["failed_rounds"])
         self.stopped, self._last_value = bool(state["stopped"]), state["last_value"]
         self.judged_round, self.next_cut = int(state["judged_round"]), int(state["next_cut"])
@@ -338,9 +337,8 @@ class RoundPruner:
         record, settings = self.record, self.settings
         monitor, network = record.monitor, record.network
         record.load_state_dict(state["record"])
-        if record.chosen is not None:  # a finished run goes on from the round it ended with
-            record.rounds = record.rounds[: record.chosen + 1]
-            record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        if record.chosen is not None:
+            self._go_on_from(record.chosen)
         if record.tolerance != settings.tolerance:
             self.failed_rounds, self.stopped = 0, False
         # What decides from now on are the settings of this run, and reports must say so.
@@ -354,6 +352,28 @@ class RoundPruner:
         if self.distillation is not None and self.distillation.started and record.reference_state is None:
             self.distillation.teacher()  # which says why there is none
 
+    def _go_on_from(self, index: int) -> None:
+        """Take up a run that ended with a round: its model is the one to fall back on, though it was let go then."""
+        record = self.record
+        record.rounds = record.rounds[: index + 1]
+        record.chosen, self.failed_rounds, self.stopped = None, 0, False
+        self.judged_round = min(self.judged_round, index)
+        value = record.rounds[index].accuracy_best
+        if value is None or not self._is_sound():
+            return
+        self._last_value = value
+        if index > 0:
+            self._keep_candidate(value)
+        elif record.reference_state is None:
+            self._keep_reference()
+
+    def _keep_candidate(self, value: float) -> None:
+        state, shape = self._state(), shape_of(self.model)
+        self.candidate = {"round": self.record.rounds[-1].round, "value": value, "state": state, "shape": shape}
+
+    def _keep_reference(self) -> None:
+        self.record.reference_state, self.record.reference_shape = self._state(), shape_of(self.model)
+
     def _better(self, value: float, other: float) -> bool:
         return value > other if self.settings.mode == "max" else value < other
 
@@ -363,7 +383,7 @@ class RoundPruner:
         return not broken and all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
     def _state(self) -> dict[str, Tensor]:
-        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
+        return copy_values(self.model, device="cpu")
 
     def _round_record(self, index: int, epoch: int, before: float | None = None) -> RoundRecord:
         cost, ranks = self.cost, self.ranks

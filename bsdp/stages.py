@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -19,14 +19,27 @@ class Stage(Protocol):
     def needs_gradients(self) -> bool:
         """Whether `update` must see gradients."""
 
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether scores come from `collecting`, of all batches of a step."""
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether the steps of this optimizer are those to score."""
 
-    def update(self) -> None:
-        """Add the scores of the gradients that stand now; once per optimizer step."""
+    def update(self, optimizer: Optimizer | None = None, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Add the scores of the gradients that stand now; once per step of every optimizer that it concerns.
 
-    def penalise(self) -> None:
-        """Add the gradients of penalties to those that stand now; after `update`, while a cut is still to come."""
+        Args:
+            optimizer: The one that is about to step; None for all.
+            optimizers: All there are, so that every score is taken with just one of them.
+        """
+
+    def penalise(self, optimizer: Optimizer | None = None) -> None:
+        """Add the gradients of penalties to those that stand now; after `update`, while a cut is still to come.
+
+        Args:
+            optimizer: The one that is about to step: only what it holds gets them; None for all.
+        """
 
     def reset(self) -> None:
         """Forget all scores."""

@@ -15,7 +15,8 @@ from bsdp.fitting import check_names, check_values, expected_state, meta_layer
 from bsdp.layers import BasisPair, named_pairs, plain_type
 from bsdp.reading import read_pickled, shown
 from bsdp.scale_hooks import scales_as_values, set_scales
-from bsdp.surgery import load_tensors, module_names, move_hooks, replace_modules
+from bsdp.snapshots import load_values, named_values
+from bsdp.surgery import module_names, move_hooks, replace_modules
 from bsdp.widths import move_mark, set_widths, widths_of
 
 STRUCTURE_VERSION = 1
@@ -114,14 +115,14 @@ def rebuild(
 def reshaped(model: nn.Module, shape: Mapping[str, Any]) -> Iterator[None]:
     """`set_shape` for good, but undone, with all values, if something in the ``with`` block does not fit."""
     before = shape_of(model)
-    values = dict(model.state_dict()) if before or shape else {}
+    values = named_values(model) if before or shape else {}
     try:
         set_shape(model, shape)
         yield
     except ValueError:
         if values:
             set_shape(model, before)
-            load_tensors(model, values)
+            load_values(model, values)
         raise
 
 

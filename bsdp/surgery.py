@@ -89,5 +89,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
         strict: As in ``load_state_dict``.
     """
     state: Any = OrderedDict(tensors)
-    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    modules = model.named_modules(remove_duplicate=False)
+    state._metadata = {name: {"version": module._version} for name, module in modules}
     model.load_state_dict(state, strict=strict)

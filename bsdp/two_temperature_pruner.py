@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_whole
 from bsdp.basis_stage import BasisStage
@@ -104,7 +105,7 @@ class TwoTemperatureStage(BasisStage):
             )
         return self.gates
 
-    def update(self) -> None:
+    def update(self, optimizer: Optimizer | None = None, optimizers: Sequence[Optimizer] = ()) -> None:
         """Let the gates learn from the gradients that stand now, or add scores."""
         if self.pattern is not None:
             super().update()

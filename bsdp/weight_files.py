@@ -98,7 +98,10 @@ def read_weight_file(path: Path) -> WeightFile:
             "saved by torch.save, which are read without running code from them."
         ) from error
     plan = metadata.get("layers") or {}
-    if not isinstance(plan, dict) or any(not isinstance(e, dict) or e.get("kind") != "plain" for e in plan.values()):
+    pruned = not isinstance(plan, dict) or any(
+        not isinstance(entry, dict) or entry.get("kind") != "plain" for entry in plan.values()
+    )
+    if pruned or _has_structure(content):
         raise ValueError(
             f"`weights`: {path} holds a pruned network; read it with `bsdp.load`, or give the weights it was made from."
         )
@@ -116,6 +119,12 @@ def read_weight_file(path: Path) -> WeightFile:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return WeightFile(path, state, metadata)
+
+
+def _has_structure(content: object) -> bool:
+    """Whether something that was unpickled is a checkpoint of a network that was changed, see `bsdp.structure_of`."""
+    structure = content.get("bsdp") if isinstance(content, Mapping) else None
+    return isinstance(structure, Mapping) and any(value for key, value in structure.items() if key != "version")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
 
 from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._gradient_reach import GradientReach
@@ -27,10 +28,13 @@ class BatchWatch:
         self.reach: GradientReach | None = None  # until the first cut
         if stage is not None and stage.scores.importance not in ("energy", *DATA_FREE):
             self.reach = GradientReach(stage.pairs, stage.scores.importance)
+        self.step = 0  # of the epoch, the only count under manual optimization
+        self._stepped = False
         self._attached = ExitStack()
 
     def start_epoch(self) -> None:
         """Scores and what is missing from them are those of one epoch."""
+        self.step, self._stepped = 0, False
         self.pruner.start_epoch()
         if self.reach is not None:
             self.reach.start_epoch()
@@ -43,10 +47,18 @@ class BatchWatch:
         # The teacher stands from the first cut on; before, the first batch shows that there is something to hold.
         if distillation is not None and (distillation.started or distillation.seen == 0):
             self._attached.enter_context(self.pruner.distilling(loss_scale(trainer) / parts))
-        if is_watched(trainer, batch_idx, scored=self.stage is not None and self.stage.scores.needs_hooks):
+        self.step, self._stepped = self.next_step, False
+        step = batch_idx // parts if pl_module.automatic_optimization else self.step
+        scored = any(stage.needs_hooks for stage in self.pruner.stages.values())
+        if is_watched(trainer, step, parts=parts, scored=scored):
             self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts))
         if self.reach is not None and (batch_idx == 0 or not self.reach.called):
             self._attached.enter_context(self.reach.watching())
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that the next batch belongs to, where the module itself decides when to step."""
+        return self.step + self._stepped
 
     def also(self, context: AbstractContextManager[Any]) -> None:
         """Keep a context of somebody else up to `detach`, too."""
@@ -56,8 +68,9 @@ class BatchWatch:
         """Leave no hook behind; validation, for one, must not count."""
         self._attached.close()
 
-    def note_gradients(self) -> None:
+    def note_gradients(self, optimizer: Optimizer) -> None:
         """Note which layers have a gradient, before a step of an optimizer."""
+        self._stepped = self._stepped or any(stage.holds(optimizer) for stage in self.pruner.stages.values())
         if self.reach is not None:
             self.reach.note_gradients()
 

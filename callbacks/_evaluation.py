@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from bsdp.snapshots import copy_values, load_values
 from bsdp.structure import set_shape, shape_of
 
 
@@ -80,18 +81,17 @@ def weights(pl_module: LightningModule, state: Mapping[str, Tensor], shape: Mapp
 
     Args:
         pl_module: The module.
-        state: The other weights.
+        state: The other weights, see `bsdp.snapshots.copy_values`.
         shape: Widths and scales that go with them, see `bsdp.structure.shape_of`.
     """
-    own = {key: value.detach().clone() for key, value in pl_module.state_dict().items()}
-    own_shape = shape_of(pl_module)
+    own, own_shape = copy_values(pl_module), shape_of(pl_module)
     try:
         set_shape(pl_module, shape)
-        pl_module.load_state_dict(state)
+        load_values(pl_module, state)
         yield
     finally:
         set_shape(pl_module, own_shape)
-        pl_module.load_state_dict(own)
+        load_values(pl_module, own)
 
 
 def _tester(trainer: Trainer) -> Trainer:

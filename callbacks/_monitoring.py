@@ -12,24 +12,26 @@ from lightning.pytorch import LightningModule, Trainer
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.record import PruningRecord
 
-_FEATURE_BATCHES = 16  # batches per epoch on which feature statistics are taken, but not more than every fourth
-_SCORED_BATCHES = 32  # batches per epoch, at least, on which examples are scored one by one
-_UNKNOWN_STRIDE = 50  # every which batch, when the length of an epoch is not known
+_FEATURE_STEPS = 16  # optimizer steps per epoch for which feature statistics are taken, but not more than every fourth
+_SCORED_STEPS = 32  # optimizer steps per epoch, at least, for which scores are taken by watching
+_UNKNOWN_STRIDE = 50  # every which step, when the length of an epoch is not known
 
 
-def is_watched(trainer: Trainer, batch_idx: int, *, scored: bool = False) -> bool:
-    """Whether the features of a batch enter the statistics.
+def is_watched(trainer: Trainer, step: int, *, parts: int = 1, scored: bool = False) -> bool:
+    """Whether the batches of an optimizer step are watched: all of them, as scores are those of a whole step.
 
     Args:
         trainer: The trainer, in training.
-        batch_idx: The batch.
+        step: The step, counted from 0 in every epoch.
+        parts: Batches whose gradients are accumulated in a step.
         scored: Whether scores come from watching as well: short epochs are then watched as a whole.
     """
     batches = trainer.num_training_batches
     if batches == math.inf:
-        return batch_idx % _UNKNOWN_STRIDE == 0
-    stride = max(1, int(batches) // _SCORED_BATCHES) if scored else max(4, int(batches) // _FEATURE_BATCHES)
-    return batch_idx % stride == 0
+        return step % _UNKNOWN_STRIDE == 0
+    steps = math.ceil(batches / parts)
+    stride = max(1, steps // _SCORED_STEPS) if scored else max(4, steps // _FEATURE_STEPS)
+    return step % stride == 0
 
 
 def monitored_value(trainer: Trainer, monitor: str, *, needed: bool, needed_by: object) -> float | None:

@@ -158,6 +158,7 @@ class RoundPruning(Callback, ABC):
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
             restore_random_states(self._loaded["random"])
+            self._watch.step = self._loaded.get("step", 0)  # older files have none
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sanity check already shows whether the monitored metric is logged at all."""
@@ -228,9 +229,9 @@ class RoundPruning(Callback, ABC):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Score the gradients, which here are unscaled and not yet clipped."""
         if self.pruner is not None:
-            self.pruner.update(optimizer)
+            self.pruner.update(optimizer, optimizers=trainer.optimizers)
         if self._watch is not None:
-            self._watch.note_gradients()
+            self._watch.note_gradients(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -258,6 +259,7 @@ class RoundPruning(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the structure, and stop when too many rounds ended below the tolerance."""
+        self._detach()  # an epoch may end by `on_train_batch_start`, after which `on_train_batch_end` does not come
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         problem = self._watching().problem()
@@ -317,6 +319,7 @@ class RoundPruning(Callback, ABC):
             **self.pruner.state_dict(),
             "rounds": self.pruner.settings.rounds if started else None,
             "random": random_states(),
+            "step": self._watching().next_step,
         }
         if self.record.chosen is not None and not self.settings.distillation:
             state["record"]["reference_state"] = None  # a finished run needs it no more
@@ -369,6 +372,7 @@ class RoundPruning(Callback, ABC):
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
 
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
         self._cut_if_due(trainer, pl_module)
         self.prepare_epoch(trainer, pl_module)
         follow_cut(trainer, pl_module)

@@ -25,7 +25,7 @@ from bsdp.cost import ModelCost
 from bsdp.folding import refuse_pairs
 from bsdp.probing import evaluating, first_tensor
 from bsdp.round_settings import RoundSettings
-from bsdp.surgery import load_tensors
+from bsdp.snapshots import load_values
 
 _NOTABLE = 0.005  # difference of two accuracies that ought to be one
 
@@ -157,7 +157,7 @@ class CompensatedPruning(RoundPruning):
         evaluates = self.settings.tolerance is not None
         if evaluates:
             if self.record.reference_state is not None:
-                load_tensors(pl_module, self.record.reference_state)
+                load_values(pl_module, self.record.reference_state)
             self._compare_reference(self._accuracy(trainer, pl_module))
             stage.evaluate, stage.tolerance = lambda: self._accuracy(trainer, pl_module), self.settings.tolerance
         count = math.ceil(self.data_fraction * _length(trainer))

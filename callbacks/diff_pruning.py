@@ -26,6 +26,7 @@ from bsdp.diff_pruning import SparseDelta, expected_l0, keep_entries, size_of, s
 from bsdp.freezing import fixed_batch_norms
 from bsdp.hard_concrete import check_stretch
 from bsdp.record import PruningRecord, RoundRecord
+from bsdp.snapshots import copy_values
 from bsdp.structure import structure_of
 
 
@@ -255,7 +256,7 @@ class DiffPruning(Callback):
         self.record.update_last(accuracy_after=after, accuracy_best=value if better else last.accuracy_best)
         if better and last.round == 0:
             self.record.reference = value
-            self.record.reference_state = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+            self.record.reference_state = copy_values(pl_module, device="cpu")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the share of entries that are not 0."""

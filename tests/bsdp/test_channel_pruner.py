@@ -257,6 +257,19 @@ def test_the_penalty_on_batch_norm_is_its_sign() -> None:
     assert model.conv1.weight.grad is None
 
 
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_penalty_comes_once_with_the_optimizer_that_holds_the_weight(head_first: bool) -> None:
+    model, pruner = make(criterion="bn_scale", l1=0.25)
+    head = list(model.head.parameters())
+    body = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in ((head, body) if head_first else (body, head))]
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    before = model.bn1.weight.grad.clone()
+    for optimizer in optimizers:
+        pruner.update(optimizer)
+    torch.testing.assert_close(model.bn1.weight.grad - before, torch.full((8,), 0.25))
+
+
 def test_a_penalty_on_macs_spares_the_cheap_layers() -> None:
     removed = {}
     for penalty in (0.0, 1e3):

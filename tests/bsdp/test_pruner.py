@@ -195,6 +195,47 @@ def test_finished_run_goes_on_from_the_round_it_ended_with() -> None:
     assert again.record.rounds[-1].accuracy_best == 0.95
 
 
+@pytest.mark.parametrize(("values", "chosen"), [([0.9, 0.9, 0.2], 1), ([0.9, 0.2], 0)])
+def test_finished_run_that_goes_on_falls_back_on_its_model(values: list[float], chosen: int) -> None:
+    model, pruner, _ = run(values, rounds=3)
+    state, weights = copy.deepcopy(pruner.state_dict()), copy.deepcopy(model.state_dict())
+    assert pruner.record.chosen == chosen
+    state["record"]["reference_state"] = None  # as in the checkpoint of a finished run
+    again = IterativePruner(model, pruner.settings, bsdp.measure_cost(model))
+    again.load_state_dict(state)
+    for pair in bsdp.named_pairs(model).values():
+        pair.scaling.delta.data.add_(1)
+    again.observe(0.5)
+    assert again.restore().round == chosen
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_rounds_after_a_finished_run_are_judged() -> None:
+    model, pruner, _ = run([0.9, 0.9, 0.2], rounds=3, importance="magnitude")
+    assert (pruner.record.chosen, pruner.judged_round) == (1, 2)
+    again = IterativePruner(model, pruner.settings, bsdp.measure_cost(model))
+    again.load_state_dict(copy.deepcopy(pruner.state_dict()))
+    assert again.cut(3) and again.record.rounds[-1].accuracy_before == 0.9
+    again.scheduled = 2  # another cut is to come
+    again.observe(0.2)
+    assert again.should_stop(3)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_tighter_tolerance_lets_a_candidate_of_the_looser_one_go(finished: bool) -> None:
+    model, pruner = make(tolerance=0.1, rounds=3, importance="magnitude")
+    pruner.observe(0.9)
+    pruner.cut(1)
+    pruner.observe(0.82)
+    if finished:
+        pruner.restore()
+    for tolerance, kept in ((0.01, False), (0.09, True), (None, True)):
+        settings = PruningSettings(target=0.4, rounds=3, importance="magnitude", tolerance=tolerance)
+        again = IterativePruner(model, settings, bsdp.measure_cost(model))
+        again.load_state_dict(copy.deepcopy(pruner.state_dict()))
+        assert (again.candidate is not None) == kept
+
+
 def test_settings_of_the_present_run_decide_and_are_reported() -> None:
     model, pruner = make(tolerance=0.01)
     pruner.stopped = True

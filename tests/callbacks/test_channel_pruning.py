@@ -181,6 +181,134 @@ def test_accumulation_cuts_as_a_big_batch_does(tmp_path: Path) -> None:
     assert records[0] == records[1]
 
 
+class EndsEpochs(ResidualClassifier):
+    """Ends every epoch as the fifth batch starts, on which features are watched."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx >= 4 else None
+
+
+class Hooks(Callback):
+    """Counts the forward hooks at the end of every epoch; it must stand behind the pruning callback."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.counts.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pl_module.modules()))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nothing_stays_attached_when_the_module_ends_an_epoch(double: bool, tmp_path: Path) -> None:
+    module, hooks = EndsEpochs(), Hooks()
+    _, callback, watch = fit(module, tmp_path, hooks, double=double, pruning={"target": 0.3, "rounds": 1})
+    check(module, callback, watch)
+    assert hooks.counts == [0] * 4
+
+
+class Still(ResidualClassifier):
+    """Learns nothing, from losses that it accumulates itself.
+
+    Args:
+        manual: Step by itself after so many batches; 0: leave that to the trainer.
+    """
+
+    def __init__(self, *, manual: int = 0) -> None:
+        super().__init__(norm=False)
+        self.automatic_optimization, self.manual = not manual, manual
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not self.manual:
+            return loss
+        self.manual_backward(loss / self.manual)
+        if (batch_idx + 1) % self.manual == 0:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+    def build(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+
+class FirstEpoch(Callback):
+    """Notes the scores of channels and their number of steps at the end of the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            callback = next(c for c in trainer.callbacks if hasattr(c, "pruner"))  # type: ignore[attr-defined]
+            scores = callback.pruner.stages["channel"].scores
+            self.steps, self.scores = scores._steps.tolist(), scores.compute()
+
+
+def scores_of(folder: Path, batch_size: int, *, manual: int = 0, double: bool = False, **options: Any) -> FirstEpoch:
+    torch.manual_seed(0)
+    first, pruning = FirstEpoch(), {"target": 0.3, "rounds": 1, **options.pop("pruning", {})}
+    if double:
+        pruning["split"] = 0.0
+        options["decomposition"] = {"metric": "euclidean"}
+    call = {"datamodule": Stripes(batch_size=batch_size)}
+    fit(Still(manual=manual), folder, first, double=double, pruning=pruning, call=call, max_epochs=2, **options)
+    return first
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"manual": 2}], ids=["trainer", "manual"])
+def test_scores_by_hooks_are_those_of_whole_steps(options: dict[str, Any], tmp_path: Path) -> None:
+    whole, parts = scores_of(tmp_path, 12, double=True), scores_of(tmp_path, 6, double=True, **options)
+    assert whole.steps == parts.steps and set(whole.steps) == {8.0}  # those by hooks and those by weights
+    for name, score in whole.scores.items():
+        torch.testing.assert_close(parts.scores[name], score)
+
+
+def test_all_steps_of_a_short_epoch_are_scored_the_last_shorter_one_too(tmp_path: Path) -> None:
+    pruning = {"criterion": "taylor_2016"}
+    assert set(scores_of(tmp_path, 8, pruning=pruning).steps) == {12.0}
+    assert set(scores_of(tmp_path, 8, pruning=pruning, accumulate_grad_batches=5).steps) == {3.0}
+
+
+class InTurns(Still):
+    """Has one optimizer for the head and one for the rest.
+
+    Args:
+        head_first: Step the head first.
+        two: Have two optimizers.
+    """
+
+    def __init__(self, *, two: bool, head_first: bool = False) -> None:
+        super().__init__(manual=1)
+        self.two, self.head_first = two, head_first
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(ResidualClassifier.training_step(self, batch, batch_idx))
+        for optimizer in self.optimizers() if self.two else [self.optimizers()]:  # type: ignore[union-attr]
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        head = [*self.network.head.parameters()]
+        rest = [p for p in self.parameters() if not any(p is other for other in head)]
+        parts = ([head, rest] if self.head_first else [rest, head]) if self.two else [[*self.parameters()]]
+        return [torch.optim.SGD(part, lr=0.0) for part in parts]
+
+
+@pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
+@pytest.mark.parametrize("head_first", [False, True])
+def test_every_group_is_scored_once_by_one_of_several_optimizers(
+    head_first: bool, criterion: str, tmp_path: Path
+) -> None:
+    found = []
+    for two in (False, True):
+        torch.manual_seed(0)
+        first, pruning = FirstEpoch(), {"target": 0.3, "rounds": 1, "criterion": criterion}
+        fit(InTurns(two=two, head_first=head_first), tmp_path, first, pruning=pruning, max_epochs=2)
+        found.append(first)
+    one, several = found
+    assert one.steps == several.steps and set(one.steps) == {6.0}
+    for name, score in one.scores.items():
+        torch.testing.assert_close(several.scores[name], score)
+
+
 class Scores(Callback):
     """Copies the scores after the first step."""
 
