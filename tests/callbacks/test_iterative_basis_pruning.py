@@ -372,7 +372,7 @@ class TestRefusals:
             ({"warmup_epochs": 0}, "`warmup_epochs` must be at least 1"),
             ({"epochs_per_round": 0}, "`epochs_per_round` must be at least 1"),
             ({"importance": "taylor"}, "`importance` must be one of"),
-            ({"ranking": "local"}, "`ranking` must be one of"),
+            ({"ranking": "sum"}, "`ranking` must be one of"),
             ({"tolerance": -0.01}, "`tolerance` must be at least 0"),
             ({"mode": "up"}, "`mode` must be one of"),
             ({"patience_rounds": 0}, "`patience_rounds` must be at least 1"),
