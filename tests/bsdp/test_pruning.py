@@ -288,19 +288,31 @@ def test_an_optimizer_that_has_not_stepped_yet_needs_nothing() -> None:
     opt.step()
 
 
-def test_slicing_leaves_scalars_and_other_shapes_alone() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
+def test_scalars_stay_and_factored_state_is_cut_along_its_axes() -> None:
+    parameter = nn.Parameter(torch.zeros(2, 3))
     opt = torch.optim.Adam([parameter])
     opt.state[parameter] = {
         "step": torch.tensor(7.0),
-        "exp_avg": torch.arange(5.0),
-        "row": torch.zeros(5, 5),
+        "exp_avg": torch.arange(15.0).view(5, 3),
+        "row": torch.arange(5.0)[:, None],
+        "column": torch.arange(3.0)[None],
         "note": 3,
     }
-    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
+    cut_optimizer_state(opt, parameter, torch.Size([5, 3]), lambda value: value.view(5, 3)[[1, 4]])
     state = opt.state[parameter]
-    assert state["exp_avg"].tolist() == [1.0, 4.0]
-    assert (float(state["step"]), tuple(state["row"].shape), state["note"]) == (7.0, (5, 5), 3)
+    assert state["exp_avg"].tolist() == [[3.0, 4.0, 5.0], [12.0, 13.0, 14.0]]
+    assert (state["row"].tolist(), state["column"].tolist()) == ([[1.0], [4.0]], [[0.0, 1.0, 2.0]])
+    assert (float(state["step"]), state["note"]) == (7.0, 3)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(5, 5), [torch.zeros(5, 5)]], ids=["tensor", "list"])
+def test_state_of_other_shapes_is_dropped(other: object) -> None:
+    parameter, bystander = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    opt = torch.optim.Adam([parameter, bystander])
+    opt.state[parameter] = {"exp_avg": torch.arange(5.0), "factors": other}
+    opt.state[bystander] = {"exp_avg": torch.zeros(2)}
+    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
+    assert list(opt.state) == [bystander]
 
 
 def test_stale_state_is_dropped_and_fitting_state_kept() -> None:
