@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp.channel_check import check_training
 from bsdp.channel_criteria import data_free_scores
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_group import ChannelGroup
@@ -135,7 +136,7 @@ class ChannelStage:
         new_bias: Whether cuts of bases move means into biases.
 
     Raises:
-        UntraceableError: If the dependencies between channels cannot be found.
+        UntraceableError: If the dependencies between channels cannot be found, or a layer reads them in training only.
         ValueError: If the criterion does not go with the network.
     """
 
@@ -143,6 +144,7 @@ class ChannelStage:
         self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
+        check_training(network, self.example, self.groups)
         self.makers = makers_of(self.groups)  # those of the original, so that counts of channels compare
         norms = {m.layer for group in self.groups.values() for m in group.members if m.batch_norm}
         layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
