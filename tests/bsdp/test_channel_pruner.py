@@ -337,3 +337,16 @@ def test_a_head_of_the_train_mode_is_refused_until_its_channels_stay() -> None:
     assert pruner.cut(1) and net.conv2.out_channels < 8
     net(torch.randn(2, 3, 8, 8))
     assert ChannelPruner(AuxiliaryHead(reads_image=True), settings, example).stage.groups.keys() == {"conv1", "conv2"}
+
+
+@pytest.mark.parametrize("criterion", ["channel_scaling", "transtailor"])
+def test_factors_leave_grouped_convolutions_two_channels_per_group(criterion: str) -> None:
+    layers = [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1, groups=4), nn.Conv2d(16, 6, 1)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"1 channel\(s\) .* \(two in each group of a grouped convolution\)"):
+        make(copy.deepcopy(net), criterion=criterion, target=0.98)
+    _, pruner = make(net, criterion=criterion, target=0.7, rounds=1)
+    train(net, pruner, torch.optim.SGD(net.parameters(), lr=0.01))
+    assert pruner.cut(1)
+    assert (net[1].in_channels, net[1].out_channels) == (8, 8)
+    train(net, pruner, torch.optim.SGD(net.parameters(), lr=0.01))
