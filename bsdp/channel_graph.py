@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -119,7 +120,7 @@ def _read_group(graph: Any, raw: Any, names: Mapping[nn.Module, str]) -> Channel
         module = item.dep.target.module
         if not isinstance(module, nn.Module) or module not in names:
             continue  # an operation, or a parameter on its own, which `plan_removal` takes care of
-        parts = max(parts, _parts(module))
+        parts = math.lcm(parts, _parts(module))
         index = _positions(item, size)
         if index is None:
             return None

@@ -200,6 +200,18 @@ def test_excluding_the_layers_at_fault_makes_them_work(
     torch.testing.assert_close(net(batch), expected, rtol=0, atol=1e-6 if batch.dtype == torch.float32 else 1e-12)
 
 
+def test_channels_between_convolutions_of_other_groups_go_in_multiples_of_both() -> None:
+    layers = [nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=2), nn.Conv2d(12, 12, 1, groups=3)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)).double()
+    batch = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    groups = channel_groups(net, batch[:1])
+    assert {name: tuple(group.units.shape) for name, group in groups.items()} == {"0": (6, 2), "1": (2, 6), "2": (4, 3)}
+    remove = {name: torch.tensor([0]) for name in groups}
+    expected = ignoring(net, groups, remove)(batch)
+    remove_channels(net, plan_removal(net, batch[:1], groups, remove))
+    torch.testing.assert_close(net(batch), expected, rtol=0, atol=1e-12)
+
+
 def test_the_search_for_layers_at_fault_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_check, "_BLAME_SECONDS", 0.0)
     with pytest.raises(UntraceableError, match=r"fails \(") as error:
