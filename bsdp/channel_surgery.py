@@ -32,6 +32,7 @@ def remove_channels(
         optimizers: Optimizers to keep in step.
     """
     optimizers = list(optimizers)
+    done: set[nn.Parameter] = set()  # layers may share one
     for name, change in changes.items():
         module = model.get_submodule(name) if name else model
         mark_widths(module)
@@ -39,7 +40,11 @@ def remove_channels(
             _cut_pair(module, change, optimizers)
             continue
         for key, index in change.tensors.items():
-            _gather(module, key, index, optimizers)
+            tensor = getattr(module, key)
+            if tensor not in done:
+                _gather(module, key, index, optimizers)
+            if isinstance(tensor, nn.Parameter):
+                done.add(tensor)
         for key, value in change.attributes.items():
             setattr(module, key, value)
     for name in {name.rpartition(".")[0] for name in changes}:
