@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from bsdp.layers import BasisPair, named_pairs, weight_of
+from bsdp.layers import BasisPair, memory_format_of, named_pairs, weight_of
 from bsdp.selection import PruningPlan
 
 
@@ -110,7 +110,7 @@ def _cut_spanning(value: Tensor, shape: torch.Size, cut: Callable[[Tensor], Tens
     for axis, size in enumerate(value.shape):
         if size == 1:
             result = result.narrow(axis, 0, 1)
-    return result.clone(memory_format=torch.preserve_format)
+    return result.clone(memory_format=memory_format_of(value))
 
 
 def drop_stale_optimizer_state(optimizer: Optimizer) -> None:

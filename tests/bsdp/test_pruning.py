@@ -13,7 +13,14 @@ import bsdp
 from bsdp.layers import named_pairs
 from bsdp.pruning import cut_optimizer_state, drop_stale_optimizer_state, mean_contribution
 from bsdp.selection import PruningPlan
-from tests.helpers.compare import assert_same_state, decomposed, randomize_scales, relative_error, snapshot
+from tests.helpers.compare import (
+    assert_same_state,
+    decomposed,
+    is_channels_last,
+    randomize_scales,
+    relative_error,
+    snapshot,
+)
 from tests.helpers.nets import NETS, make_input, make_net
 from tests.helpers.reference import masked
 
@@ -313,6 +320,21 @@ def test_state_of_other_shapes_is_dropped(other: object) -> None:
     opt.state[bystander] = {"exp_avg": torch.zeros(2)}
     cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
     assert list(opt.state) == [bystander]
+
+
+def test_the_memory_format_stays() -> None:
+    net = make_net("conv")
+    net = decomposed(net.to(memory_format=torch.channels_last)).requires_grad_(True)  # type: ignore[call-overload]
+    opt = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    net(make_input("conv")).sum().backward()
+    opt.step()
+    bsdp.prune(net, plan_for(net), optimizers=[opt])
+    for pair in named_pairs(net).values():
+        weight = pair.basis.weight
+        assert isinstance(weight, nn.Parameter)
+        assert is_channels_last(weight) and is_channels_last(opt.state[weight]["momentum_buffer"])
+    folded = [p for p in bsdp.fold(net).parameters() if p.dim() == 4 and p.shape[-1] > 1]
+    assert folded and all(is_channels_last(p) for p in folded)
 
 
 def test_stale_state_is_dropped_and_fitting_state_kept() -> None:
