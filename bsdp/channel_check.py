@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bsdp.channel_group import ChannelGroup
+from bsdp.channel_group import ChannelGroup, UntraceableError
 from bsdp.compiling import uncompiled
-from bsdp.dependency_graph import cut_copy, plain_copy
+from bsdp.dependency_graph import cut_copy, plain_copy, quietly
 
 _BLAME_SECONDS = 20.0  # to look for the layers at fault in a model that is refused
 _COUPLING_NORMS = (nn.LayerNorm, nn.GroupNorm)  # they mix channels, so a removed one is missed by its neighbours
@@ -21,7 +21,7 @@ _COUPLING_NORMS = (nn.LayerNorm, nn.GroupNorm)  # they mix channels, so a remove
 def removal_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> str | None:
     """What is wrong with a copy that lacks half of the channels, compared with one whose readers ignore them."""
     masked, cut = plain_copy(model), plain_copy(model)
-    remove = {name: torch.arange(group.size)[1::2] for name, group in groups.items()}
+    remove = _half(groups)
     generator = torch.Generator().manual_seed(0)
     for parameter, twin in zip(masked.parameters(), cut.parameters(), strict=True):
         if parameter.is_floating_point() and parameter.dim() > 1:  # pretrained weights may hide a wrong position
@@ -43,18 +43,90 @@ def removal_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str
     return "its outputs show that the graph connects the wrong channels"
 
 
+def check_training(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> None:
+    """Refuse groups whose channels are read by a layer that runs in train mode only, which no graph shows.
+
+    Args:
+        model: A plain or decomposed model; it is not changed.
+        inputs: One example of each input. Where the model does not run on them in train mode, nothing is refused.
+        groups: From `channel_groups` of this model.
+
+    Raises:
+        UntraceableError: If training fails without some channels, with the layer and the way out.
+    """
+    layer = _training_fault(model, inputs, groups)
+    if layer is not None:
+        raise UntraceableError(read_in_training(layer, groups_at_fault(model, inputs, groups, fault=_training_fault)))
+
+
+def read_in_training(layer: str, makers: Iterable[str]) -> str:
+    """An error message on a layer that reads channels in training only, and the layers that make them."""
+    return (
+        f"layer {layer!r} runs in training, but not in `forward` in eval mode, so a cut would not follow the channels "
+        f"that it reads. Let these stay: name the layers that make them ({', '.join(makers)}) in `exclude`; or prune "
+        "bases instead (`IterativeBasisPruning`)."
+    )
+
+
+def _training_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> str | None:
+    """The layer in which a copy that lacks half of the channels fails in train mode."""
+    whole = plain_copy(model)
+    batch = tuple(torch.cat([value, value]) if isinstance(value, Tensor) else value for value in inputs)
+    evaluated: list[str] = []
+    trained: list[str] = []
+    try:
+        _run(whole, batch, evaluated)
+        _run(whole.train(), batch, trained)
+    except Exception:  # it may want targets in training, or a trainer
+        return None
+    if set(trained) <= set(evaluated):
+        return None
+    cut, seen = plain_copy(model), [""]
+    cut_copy(cut, inputs, groups, _half(groups), number=False)
+    try:
+        _run(cut.train(), batch, seen)
+    except Exception:  # whatever the layer makes of a wrong number of channels
+        return seen[-1]
+    return None
+
+
+def _run(copied: nn.Module, batch: tuple[Any, ...], seen: list[str]) -> None:
+    """Run a copy and note the modules without children as they are entered."""
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.append(name))
+        for name, module in copied.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        with quietly(), torch.no_grad():
+            copied(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _half(groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
+    return {name: torch.arange(group.size)[1::2] for name, group in groups.items()}
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= 1e-3 * one.abs().max().clamp(min=1e-6))
 
 
-def groups_at_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> list[str]:
+def groups_at_fault(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    groups: Mapping[str, ChannelGroup],
+    *,
+    fault: Callable[[nn.Module, tuple[Any, ...], Mapping[str, ChannelGroup]], str | None] = removal_fault,
+) -> list[str]:
     """Groups that go wrong on their own, found by halving; only the first ones where that takes long."""
     bad: list[str] = []
     parts = [list(groups)]
     deadline = time.monotonic() + _BLAME_SECONDS
     while parts and time.monotonic() < deadline:
         names = parts.pop()
-        if removal_fault(model, inputs, {name: groups[name] for name in names}) is None:
+        if fault(model, inputs, {name: groups[name] for name in names}) is None:
             continue
         if len(names) == 1:
             bad += names

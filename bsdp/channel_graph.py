@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def channel_groups(
         raise _untraceable(model, f"{type(error).__name__}: {error}") from error
     if not groups:
         raise _untraceable(model, "no channel can be removed without changing the output")
-    fault = removal_fault(model, inputs, groups) if check else None
+    fault = removal_fault(model, inputs, groups) or _tied_fault(model, inputs, groups) if check else None
     if fault is not None:
         bad = groups_at_fault(model, inputs, groups)
         where = f"; these layers are at fault: {', '.join(bad)}" if bad else ""
@@ -87,6 +88,33 @@ def plan_removal(
     copied = plain_copy(model)
     cut_copy(copied, as_inputs(example_input), groups, remove, number=True)
     return _changes(plain_copy(model), copied)
+
+
+def _tied_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Mapping[str, ChannelGroup]) -> str | None:
+    """What is wrong where layers share a parameter, and a group would have it cut in two ways."""
+    users: dict[nn.Parameter, list[tuple[str, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users.setdefault(parameter, []).append((name, key))
+    for shared in (places for places in users.values() if len(places) > 1):
+        layers = [name for name, _ in shared]
+        concerned = [n for n, group in groups.items() if any(m.layer in layers for m in group.members)]
+        if any(_cuts_apart(model, inputs, groups, name, shared) for name in concerned):
+            return f"{' and '.join(layers)} share a parameter; these layers are at fault: {', '.join(concerned)}"
+    return None
+
+
+def _cuts_apart(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    groups: Mapping[str, ChannelGroup],
+    name: str,
+    shared: Iterable[tuple[str, str]],
+) -> bool:
+    """Whether a cut of one group takes different elements of what is one parameter in several places."""
+    changes = plan_removal(model, inputs, groups, {name: torch.arange(groups[name].size)[1::2]})
+    kept = [changes[layer].tensors.get(key) if layer in changes else None for layer, key in shared]
+    return len({None if index is None else tuple(index.flatten().tolist()) for index in kept}) > 1
 
 
 def _read_groups(graph: Any, plain: nn.Module, exclude: set[str]) -> dict[str, ChannelGroup]:
@@ -119,7 +147,7 @@ def _read_group(graph: Any, raw: Any, names: Mapping[nn.Module, str]) -> Channel
         module = item.dep.target.module
         if not isinstance(module, nn.Module) or module not in names:
             continue  # an operation, or a parameter on its own, which `plan_removal` takes care of
-        parts = max(parts, _parts(module))
+        parts = math.lcm(parts, _parts(module))
         index = _positions(item, size)
         if index is None:
             return None

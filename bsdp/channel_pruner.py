@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp.channel_check import check_training
 from bsdp.channel_criteria import data_free_scores
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_group import ChannelGroup
@@ -29,7 +30,7 @@ from bsdp.channel_selection import (
 )
 from bsdp.channel_surgery import remove_channels
 from bsdp.cost import ModelCost
-from bsdp.layers import named_pairs
+from bsdp.layers import layer_groups, named_pairs
 from bsdp.optimizers import Turns, held_by, held_parts
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
@@ -136,7 +137,7 @@ class ChannelStage:
         new_bias: Whether cuts of bases move means into biases.
 
     Raises:
-        UntraceableError: If the dependencies between channels cannot be found.
+        UntraceableError: If the dependencies between channels cannot be found, or a layer reads them in training only.
         ValueError: If the criterion does not go with the network.
     """
 
@@ -144,6 +145,7 @@ class ChannelStage:
         self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
+        check_training(network, self.example, self.groups)
         self.makers = makers_of(self.groups)  # those of the original, so that counts of channels compare
         norms = {m.layer for group in self.groups.values() for m in group.members if m.batch_norm}
         layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
@@ -240,6 +242,20 @@ class ChannelStage:
             self.network, self.groups, total=total, positions=self.positions, makers=self.makers, **options
         )
 
+    def least(self) -> dict[str, int]:
+        """Units that every group keeps at least.
+
+        With one unit a grouped convolution may become a depthwise one, which its factors then pass instead of being
+        read by it.
+        """
+        least = dict.fromkeys(self.groups, int(self.settings.min_channels))
+        if scales_of(self.network) is not None:
+            for name, group in self.groups.items():
+                ends = (m.layer for m in group.members if m.weighted and m.side != "both")
+                if any(layer_groups(self.network.get_submodule(layer)) > 1 for layer in ends):
+                    least[name] = max(2, least[name])
+        return least
+
     def plan(self, budget: float, cost: ModelCost) -> ChannelPlan:
         """Plan the removal of the weakest channels."""
         settings, reckoning = self.settings, self.cost(cost)
@@ -253,7 +269,7 @@ class ChannelStage:
             reckoning,
             budget=budget,
             ranking=settings.channel_ranking,
-            min_channels=settings.min_channels,
+            min_channels=self.least(),
             max_group_ratio=settings.max_group_ratio,
             round_to=settings.round_to,
             threshold=settings.threshold,
@@ -359,9 +375,12 @@ class ChannelPruner(RoundPruner):
         """
         most, in_rounds = self.largest_share(), self.largest_share(rounds=self.settings.known_rounds)
         if self.settings.target > most:
+            least = self.settings.min_channels
+            grouped = any(units > least for units in self.stage.least().values())
+            but = " (two in each group of a grouped convolution)" if grouped else ""
             raise ValueError(
-                f"`target={self.settings.target}` is out of reach: with {self.settings.min_channels} channel(s) left "
-                f"in every group that has scores, {most:.1%} of the {self.settings.target_kind} would be gone (the "
+                f"`target={self.settings.target}` is out of reach: with {least} channel(s) left in "
+                f"every group that has scores{but}, {most:.1%} of the {self.settings.target_kind} would be gone (the "
                 f"channels of inputs and outputs stay). Choose a target below {most:.3f}, or prune bases, too."
             )
         if self.settings.target > in_rounds:
@@ -405,11 +424,11 @@ def smallest_cost(
         ranks: Ranks of the pairs then; None for those they have.
     """
     reckoning, settings, scored = stage.cost(cost), stage.settings, stage.scored
-    limits = {"min_channels": settings.min_channels, "max_group_ratio": settings.max_group_ratio}
-    for name, group in stage.groups.items():
+    limits = {"max_group_ratio": settings.max_group_ratio, "round_to": settings.round_to, "rounds": rounds}
+    for name, least in stage.least().items():
         if name in scored:
-            least = least_units(group, round_to=settings.round_to, rounds=rounds, **limits)
-            reckoning.remove(name, group.size - least)
+            group = stage.groups[name]
+            reckoning.remove(name, group.size - least_units(group, min_channels=least, **limits))
     if ranks is None:
         return float(reckoning.total)
     inside = reckoning.with_ranks(ranks)

@@ -172,7 +172,7 @@ def select_channels(
     *,
     budget: float,
     ranking: str = "global",
-    min_channels: int = 1,
+    min_channels: int | Mapping[str, int] = 1,
     max_group_ratio: float = 0.95,
     round_to: int = 1,
     threshold: float | None = None,
@@ -188,7 +188,7 @@ def select_channels(
             ``"local"`` the same share of every group, ``"isomorphic"`` the same share of every class of groups with
             the same layers (Fang et al., arXiv 2407.04616), ``"priority"`` cuts the group with the largest redundancy
             of its cumulative sum down to what holds the share `theta`, then the next (see `channel_importance`).
-        min_channels: Units that every group keeps at least.
+        min_channels: Units that every group keeps at least, or those of each group.
         max_group_ratio: Largest share of a group that one plan may remove.
         round_to: Groups keep multiples of so many channels, as far as removals have begun.
         threshold: Remove no unit of at least this importance.
@@ -198,13 +198,15 @@ def select_channels(
         ValueError: If an argument is not allowed, or scores are negative, NaN, infinite or of another size.
     """
     check_choice("ranking", ranking, CHANNEL_RANKINGS)
-    check_whole("min_channels", min_channels, 1)
+    least = min_channels if isinstance(min_channels, Mapping) else dict.fromkeys(cost.groups, min_channels)
+    for units in least.values():
+        check_whole("min_channels", units, 1)
     check_whole("round_to", round_to, 1)
     check_share("max_group_ratio", max_group_ratio)
     check_share("theta", theta)
     check_at_least("budget", budget, 0)
     ordered = {name: _ordered(name, importance[name], cost) for name in cost.groups if name in importance}
-    most = {n: _most(len(o.values), min_channels, max_group_ratio, threshold, o.values) for n, o in ordered.items()}
+    most = {n: _most(len(o.values), least[n], max_group_ratio, threshold, o.values) for n, o in ordered.items()}
     chunks = {n: _chunks(cost.groups[n], cost.groups[n].size, most[n], round_to) for n in ordered}
     removed = dict.fromkeys(cost.groups, 0)
     if ranking == "priority":

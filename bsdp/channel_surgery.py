@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from bsdp.channel_group import ModuleChange
 from bsdp.factorize import factorize, to_float64
 from bsdp.layers import SUPPORTED_TYPES, BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
+from bsdp.pruning import cut_optimizer_state
 from bsdp.widths import mark_widths
 
 
@@ -30,6 +32,7 @@ def remove_channels(
         optimizers: Optimizers to keep in step.
     """
     optimizers = list(optimizers)
+    done: set[nn.Parameter] = set()  # layers may share one
     for name, change in changes.items():
         module = model.get_submodule(name) if name else model
         mark_widths(module)
@@ -37,7 +40,11 @@ def remove_channels(
             _cut_pair(module, change, optimizers)
             continue
         for key, index in change.tensors.items():
-            _gather(module, key, index, optimizers)
+            tensor = getattr(module, key)
+            if tensor not in done:
+                _gather(module, key, index, optimizers)
+            if isinstance(tensor, nn.Parameter):
+                done.add(tensor)
         for key, value in change.attributes.items():
             setattr(module, key, value)
     for name in {name.rpartition(".")[0] for name in changes}:
@@ -61,24 +68,24 @@ def _gather(module: nn.Module, key: str, index: Tensor, optimizers: Iterable[Opt
     """Keep the elements of a parameter or buffer that `index` names, and the same of its optimizer state."""
     old = getattr(module, key)
     shape = old.shape
-    kept = old.detach().flatten()[index.to(old.device).flatten()].view(index.shape)
+    kept = _elements(old.detach(), index)
     if not isinstance(old, nn.Parameter):
         module._buffers[key] = kept
         return
     set_data(old, kept)
     for optimizer in optimizers:
-        state = optimizer.state.get(old, {})
-        for entry, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[entry] = value.flatten()[index.to(value.device).flatten()].view(index.shape)
+        cut_optimizer_state(optimizer, old, shape, partial(_elements, index=index))
+
+
+def _elements(value: Tensor, index: Tensor) -> Tensor:
+    return value.flatten()[index.to(value.device).flatten()].view(index.shape)
 
 
 def _cut_pair(pair: BasisPair, change: ModuleChange, optimizers: Iterable[Optimizer]) -> None:
     index, kernel = change.tensors["weight"], weight_of(pair.basis).shape[2:]
     product = to_float64(pair.product)
     weight = from_matrix(product, kernel, transposed=pair.transposed)
-    cut = weight.flatten()[index.to(weight.device).flatten()].view(index.shape)
-    matrix = to_matrix(cut, pair.groups, transposed=pair.transposed)
+    matrix = to_matrix(_elements(weight, index), pair.groups, transposed=pair.transposed)
     outputs = change.tensors.get("bias")
     bias = pair.scaling.bias.detach()
     keep = torch.arange(len(bias)) if outputs is None else outputs

@@ -47,7 +47,8 @@ from bsdp.widths import widths_of
 
 CUTS = ("basis", "channel", "basis and channel")
 ORDERS = ("basis_then_channel", "channel_then_basis", "alternate")
-Probe = Callable[[], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+Probe = Callable[[], Outputs]
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,32 @@ class DoublePruningSettings(ChannelPruningSettings):
 
 
 @torch.no_grad()
-def output_change(before: Tensor, after: Tensor) -> float:
+def output_change(before: Outputs, after: Outputs) -> float:
     """How much a cut changed the outputs of a network.
 
     Args:
-        before: Outputs before the cut. Two axes are taken for class scores, ``[examples, classes]``.
+        before: Outputs before the cut. A single one of two axes is taken for class scores, ``[examples, classes]``.
         after: Outputs for the same inputs after it.
 
     Returns:
         Mean Kullback-Leibler divergence of the class probabilities; for other shapes the squared difference relative to
-        the squared outputs.
+        the squared outputs. Of several outputs, which may be of any scale, the sum of the relative differences.
+
+    Raises:
+        ValueError: If the outputs have other shapes after the cut.
     """
-    if before.dim() == 2 and before.shape[1] > 1:
-        old, new = (F.log_softmax(x.double(), dim=1) for x in (before, after))
-        return float(F.kl_div(new, old, log_target=True, reduction="batchmean"))
+    old, new = (x if isinstance(x, tuple) else (x,) for x in (before, after))
+    if [x.shape for x in old] != [x.shape for x in new]:
+        raise ValueError(
+            "the outputs have other shapes after a cut, so that they cannot be compared: set `split` to a number."
+        )
+    if len(old) == 1 and old[0].dim() == 2 and old[0].shape[1] > 1:
+        logs = [F.log_softmax(x.double(), dim=1) for x in (*old, *new)]
+        return float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean"))
+    return sum(_relative_change(one, other) for one, other in zip(old, new, strict=True))
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float:
     difference = (before - after).double().square().sum()
     return float(difference / before.double().square().sum().clamp_min(1e-30))
 
@@ -156,7 +169,8 @@ class DoublePruner(RoundPruner):
         settings: What to do.
         example: Example inputs of the network, batch size 1.
         cost: Cost of the network; None to measure it.
-        probe: Gives the model's outputs on validation images, always the same; needed by ``split="auto"``.
+        probe: Gives the model's outputs (a tensor or a tuple of tensors) on validation images, always the same; needed
+            by ``split="auto"``.
         average: Averages a number over the processes of a distributed run, so that all take the same decision.
         network: Dotted name of the decomposed network inside `model`; "" for the model itself.
         monitor: Name of the observed value, for reports.
@@ -339,7 +353,7 @@ class DoublePruner(RoundPruner):
         allowed = CUTS if self.settings.order == "alternate" else CUTS[:2]
         return {how: self._try(how, budget, before, self.probe) for how in allowed}
 
-    def _try(self, how: str, budget: float, before: Tensor, probe: Probe) -> float:
+    def _try(self, how: str, budget: float, before: Outputs, probe: Probe) -> float:
         network = self.network
         state, shape = copy_values(network), shape_of(network)
         gradients = {key: p.grad for key, p in network.named_parameters()}

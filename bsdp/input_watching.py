@@ -45,7 +45,7 @@ def watch_gradients(layer: nn.Module, sink: Callable[[], Sink]) -> Any:
             result: Tensor = _Watch.apply(inputs, sink())
             return result
 
-        return _replace_first(arguments, named, watched)
+        return replace_first(arguments, named, watched)
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -59,7 +59,8 @@ def watch_inputs(layer: nn.Module, sink: Callable[[Tensor], None]) -> Any:
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _replace_first(arguments: tuple[Any, ...], named: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+def replace_first(arguments: tuple[Any, ...], named: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments of a layer with another input, whether that came by position or by keyword."""
     if arguments:
         return (change(arguments[0]), *arguments[1:]), named
     key = next(iter(named))

@@ -63,7 +63,10 @@ def new_layer(
     geometry = {name: getattr(like, name) for name in names}
     if is_transposed(like):
         geometry["output_padding"] = like.output_padding
-    return _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)
+    layer = _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)
+    weight = weight_of(like.basis if isinstance(like, BasisPair) else like)
+    weight_of(layer).data = weight_of(layer).data.contiguous(memory_format=memory_format_of(weight))
+    return layer
 
 
 def new_pointwise(
@@ -371,7 +374,7 @@ class BasisPair(nn.Module):
     def _assign(self, basis: Tensor, weight: Tensor, delta: Tensor, sigma: Tensor) -> None:
         targets = (weight_of(self.basis), self.scaling.weight, self.scaling.delta)
         for target, value in zip(targets, (basis, weight, delta), strict=True):
-            set_data(target, value.contiguous())
+            set_data(target, value)
         self.scaling.sigma = sigma.contiguous()
         setattr(self.basis, _width(self.original_type), delta.numel())
 
@@ -419,8 +422,20 @@ def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
             pair.watched = False
 
 
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """``channels_last`` (or that of three dimensions) where a tensor is laid out so and not otherwise, else contiguous.
+
+    Where both are true, as of 1x1 weights, it makes no difference.
+    """
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if form is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=form):
+        return torch.contiguous_format
+    return form
+
+
 def set_data(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter data of another shape, keeping its identity."""
+    """Give a parameter data of another shape, keeping its identity and its memory format."""
+    value = value.contiguous(memory_format=memory_format_of(parameter))
     parameter.grad = None
     # A loss that the caller still holds keeps the parameter's gradient accumulator alive, which remembers the old shape
     # and makes the next backward fail. Torch renews it on a change of dtype only, hence this step in between.

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from bsdp.layers import BasisPair, named_pairs, weight_of
+from bsdp.layers import BasisPair, memory_format_of, named_pairs, weight_of
 from bsdp.selection import PruningPlan
 
 
@@ -80,16 +81,36 @@ def cut_optimizer_state(
 ) -> None:
     """Cut the per-element state that an optimizer holds for a parameter that has lost some of its elements.
 
+    State with some axes of size 1, as of factored second moments, is cut along the others. State of any other shape
+    cannot be followed: it is dropped with all that the optimizer holds for the parameter, which then starts anew.
+
     Args:
         optimizer: Any optimizer; nothing happens when it holds no state for the parameter.
         parameter: The parameter, already cut.
         shape: Its shape before.
-        cut: Takes a tensor of that shape to one of the present shape. State of any other shape is left alone.
+        cut: Takes a tensor of that shape to one of the present shape.
     """
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape:
-            state[key] = cut(value).clone(memory_format=torch.preserve_format)
+        if not any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
+            continue
+        if not isinstance(value, Tensor) or not _spans(value, shape):
+            del optimizer.state[parameter]
+            return
+        state[key] = _cut_spanning(value, shape, cut)
+
+
+def _spans(value: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor has a shape but for axes of size 1."""
+    return value.dim() == len(shape) and all(own in (1, whole) for own, whole in zip(value.shape, shape, strict=True))
+
+
+def _cut_spanning(value: Tensor, shape: torch.Size, cut: Callable[[Tensor], Tensor]) -> Tensor:
+    result = cut(value.expand(shape).contiguous())
+    for axis, size in enumerate(value.shape):
+        if size == 1:
+            result = result.narrow(axis, 0, 1)
+    return result.clone(memory_format=memory_format_of(value))
 
 
 def drop_stale_optimizer_state(optimizer: Optimizer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bsdp.input_watching import replace_first
 from bsdp.layers import SUPPORTED_TYPES, is_transposed, layer_groups, set_data, spatial_dims, weight_of
 
 _MOST_UNITS = 10_000_000
@@ -47,10 +48,11 @@ class ChannelScales(nn.Module):
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, _Factor):
                     del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         self.readers = {name: list(index) for name, index in readers.items()}
         for name, index in readers.items():
             reader = network.get_submodule(name)
-            reader.register_forward_pre_hook(_Factor(self, torch.tensor(index, dtype=torch.long)))
+            reader.register_forward_pre_hook(_Factor(self, torch.tensor(index, dtype=torch.long)), with_kwargs=True)
 
     def factors(self, index: Tensor) -> Tensor:
         """Factors of a reader's input channels, ``[in_channels]``."""
@@ -71,9 +73,9 @@ class _Factor:
     def __init__(self, scales: ChannelScales, index: Tensor) -> None:
         self.scales, self.index = scales, index
 
-    def __call__(self, reader: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        factors = self.scales.factors(self.index)
-        return (arguments[0] * factors.view(-1, *(1,) * spatial_dims(reader)), *arguments[1:])
+    def __call__(self, reader: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        factors = self.scales.factors(self.index).view(-1, *(1,) * spatial_dims(reader))
+        return replace_first(arguments, named, lambda inputs: inputs * factors)
 
 
 def reader_inputs(layer: nn.Module) -> int:

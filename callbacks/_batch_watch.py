@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._gradient_reach import GradientReach
 from bsdp.callbacks._monitoring import is_watched, loss_scale
+from bsdp.callbacks._unfollowed_readers import UnfollowedReaders
+from bsdp.channel_pruner import ChannelStage
 from bsdp.importance import DATA_FREE
 from bsdp.rounds import RoundPruner
 
 
 class BatchWatch:
-    """Attaches to every batch what its training has to show: scores and statistics, the teacher, missing gradients.
+    """Attaches to every batch what its training has to show: scores and statistics, teacher, what to refuse.
 
     Args:
         pruner: Whose scores and statistics are taken.
@@ -30,6 +32,8 @@ class BatchWatch:
             self.reach = GradientReach(stage.pairs, stage.scores.importance)
         self.step = 0  # of the epoch, the only count under manual optimization
         self._stepped = False
+        channel = pruner.stages.get("channel")
+        self.readers = UnfollowedReaders(channel) if isinstance(channel, ChannelStage) else None  # until then, too
         self._attached = ExitStack()
 
     def start_epoch(self) -> None:
@@ -54,6 +58,8 @@ class BatchWatch:
             self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts))
         if self.reach is not None and (batch_idx == 0 or not self.reach.called):
             self._attached.enter_context(self.reach.watching())
+        if self.readers is not None:
+            self._attached.enter_context(self.readers.watching(pl_module, batch_idx))
 
     @property
     def next_step(self) -> int:
@@ -92,12 +98,12 @@ class BatchWatch:
             )
 
     def problem(self) -> str:
-        """Why the scores of this epoch cannot be used; "" if they can."""
-        return "" if self.reach is None else self.reach.problem()
+        """Why a cut cannot be made by the scores of this epoch; "" if it can."""
+        return next((part.problem() for part in (self.readers, self.reach) if part is not None and part.problem()), "")
 
     def check_scores(self) -> None:
-        """Refuse a cut by scores that cannot be used; it is only looked for before the first one."""
+        """Refuse a cut that cannot be made; it is only looked for before the first one."""
         problem = self.problem()
         if problem:
             raise ValueError(problem)
-        self.reach = None
+        self.reach = self.readers = None

@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bsdp._checks import check_at_least, check_whole
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import as_parameters, example_of, own_iterator
+from bsdp.callbacks._measuring import as_parameters, call_network, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales, refuse_frozen_scales
 from bsdp.cost import ModelCost
-from bsdp.double_pruner import DoublePruner, DoublePruningSettings
+from bsdp.double_pruner import DoublePruner, DoublePruningSettings, Outputs
 from bsdp.importance import Importance
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating, first_tensor
@@ -179,7 +180,7 @@ class DoublePruning(RoundPruning):
             )
 
     def check_optimizers(self, trainer: Trainer) -> None:
-        """Refuse scores that do not train, and an automatic split without validation images."""
+        """Refuse scores that do not train, and an automatic split without outputs for validation images."""
         pruner = self._pruner()
         assert isinstance(pruner, DoublePruner)
         if pruner.stages["basis"].needs_gradients:
@@ -188,8 +189,10 @@ class DoublePruning(RoundPruning):
         if self.settings.split == "auto" and not trainer.enable_validation:
             raise ValueError(
                 "`split: auto` compares cuts on validation images, and there is no validation loader: give one, or "
-                "set `split` to the share of the removal that bases shall take, such as 0.7."
+                f"{_WAY_OUT}."
             )
+        if self.settings.split == "auto":
+            self._prepare_probe(trainer, trainer.lightning_module)
 
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
@@ -208,29 +211,37 @@ class DoublePruning(RoundPruning):
             f"{pruner.largest_share():.1%} of the {self.settings.target_kind} would be gone"
         )
 
-    def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch the validation images on which cuts are compared."""
+    def _prepare_probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the validation images on which cuts are compared, and find out whether the module takes them."""
         pruner = self._pruner()
         assert isinstance(pruner, DoublePruner)
-        if self.settings.split != "auto" or pruner.probe is not None:
-            return
-        with random_state_kept(seed=0):  # the same images at whichever cut a resumed run comes here
+        if trainer.val_dataloaders is None:  # with `check_val_every_n_epoch`, up to the first validation
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        with random_state_kept(seed=0):  # the same images in a resumed run
             batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
             found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
         images = [as_parameters(tensor, pl_module) for tensor in found if tensor is not None]
         if not images:
             raise ValueError(
-                "`split: auto` reads the first floating-point tensor of a validation batch, and there is none: set "
-                "`split` to the share of the removal that bases shall take, such as 0.7."
+                "`split: auto` reads the first floating-point tensor of a validation batch, and there is none: "
+                f"{_WAY_OUT}."
             )
 
-        def probe() -> Tensor:
+        def probe() -> Outputs:
             with evaluating(pl_module):
-                return torch.cat([_scores(pl_module(tensor)) for tensor in images])
+                return _joined([_float_tensors(call_network(pl_module, tensor)) for tensor in images])
 
         def average(value: float) -> float:
             return float(mean_over_processes(trainer, torch.tensor(value, device=trainer.strategy.root_device)))
 
+        try:
+            probe()
+        except Exception as error:  # whatever the user's forward may raise on an input we guessed
+            raise ValueError(
+                f"`split: auto` compares what {type(pl_module).__name__} gives for the first floating-point tensor of "
+                f"validation batches, and that failed ({type(error).__name__}: {error}): let `forward` take such a "
+                f"tensor and return tensors, or {_WAY_OUT}."
+            ) from error
         pruner.probe, pruner.average = probe, average
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,8 +252,16 @@ class DoublePruning(RoundPruning):
         super().on_train_end(trainer, pl_module)
 
 
-def _scores(outputs: Any) -> Tensor:
-    tensor = first_tensor(outputs)
-    if tensor is None:
-        raise ValueError("`split: auto` needs a `forward` that gives a tensor: set `split` to a number.")
-    return tensor
+_WAY_OUT = "set `split` to the share of the removal that bases shall take, such as 0.7"
+
+
+def _float_tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _joined(batches: list[list[Tensor]]) -> Outputs:
+    """Outputs of several batches, one after the other; each a list of the same length."""
+    if not batches[0]:
+        raise ValueError("there is no floating-point tensor in its output")
+    joined = [torch.cat([t if t.dim() else t[None] for t in tensors]) for tensors in zip(*batches, strict=True)]
+    return joined[0] if len(joined) == 1 else tuple(joined)

@@ -200,6 +200,56 @@ def test_excluding_the_layers_at_fault_makes_them_work(
     torch.testing.assert_close(net(batch), expected, rtol=0, atol=1e-6 if batch.dtype == torch.float32 else 1e-12)
 
 
+def test_channels_between_convolutions_of_other_groups_go_in_multiples_of_both() -> None:
+    layers = [nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=2), nn.Conv2d(12, 12, 1, groups=3)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)).double()
+    batch = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    groups = channel_groups(net, batch[:1])
+    assert {name: tuple(group.units.shape) for name, group in groups.items()} == {"0": (6, 2), "1": (2, 6), "2": (4, 3)}
+    remove = {name: torch.tensor([0]) for name in groups}
+    expected = ignoring(net, groups, remove)(batch)
+    remove_channels(net, plan_removal(net, batch[:1], groups, remove))
+    torch.testing.assert_close(net(batch), expected, rtol=0, atol=1e-12)
+
+
+class TiedNet(nn.Module):
+    """Two convolutions share their weight: side by side, or one behind the other."""
+
+    def __init__(self, *, beside: bool) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.two.weight = self.one.weight
+        self.last, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+        self.beside = beside
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.stem(images).relu()
+        second = self.one(first) + self.two(-first) if self.beside else self.two(self.one(first).relu())
+        return self.head(self.last(second.relu()).mean((2, 3)))
+
+
+def test_a_shared_weight_is_cut_once_or_refused() -> None:
+    batch = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    net = TiedNet(beside=True).double()
+    groups = channel_groups(net, batch[:1])
+    remove = random_units(groups)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(batch).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    expected = ignoring(net, groups, remove)(batch)
+    remove_channels(net, plan_removal(net, batch[:1], groups, remove), optimizers=[optimizer])
+    assert net.one.weight is net.two.weight and net.one.weight.shape[0] < 8
+    torch.testing.assert_close(net(batch), expected, rtol=0, atol=1e-12)
+    net(batch).sum().backward()
+    optimizer.step()
+
+    chain = TiedNet(beside=False).double()
+    with pytest.raises(UntraceableError, match=r"one and two share a parameter; .* at fault: stem, one, two"):
+        channel_groups(chain, batch[:1])
+    assert list(channel_groups(chain, batch[:1], exclude=["stem", "one", "two"])) == ["last"]
+
+
 def test_the_search_for_layers_at_fault_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_check, "_BLAME_SECONDS", 0.0)
     with pytest.raises(UntraceableError, match=r"fails \(") as error:

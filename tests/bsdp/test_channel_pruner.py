@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bsdp
 from bsdp.channel_group import UntraceableError
@@ -323,3 +324,42 @@ def test_channels_of_a_grouped_layer_count_when_there_is_one_per_group() -> None
     again = ChannelPruner(copy.deepcopy(model), settings, torch.zeros(1, 1, 8, 8))
     again.load_state_dict(pruner.state_dict())
     assert again.stage.channels() == pruner.stage.channels()
+
+
+class AuxiliaryHead(nn.Module):
+    """Has a second head in training."""
+
+    def __init__(self, *, reads_image: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+        self.reads_image, self.auxiliary = reads_image, nn.Linear(3 if reads_image else 8, 3)
+
+    def forward(self, images: Tensor) -> Any:
+        first = torch.relu(self.conv1(images))
+        scores = self.head(torch.relu(self.conv2(first)).mean((2, 3)))
+        read = images if self.reads_image else first
+        return (scores, self.auxiliary(read.mean((2, 3)))) if self.training else scores
+
+
+def test_a_head_of_the_train_mode_is_refused_until_its_channels_stay() -> None:
+    settings, example = ChannelPruningSettings(criterion="l1", target=0.3, rounds=1), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(UntraceableError, match=r"'auxiliary' runs in training, .* make them \(conv1\) in `exclude`"):
+        ChannelPruner(AuxiliaryHead(), settings, example)
+    net = AuxiliaryHead()
+    pruner = ChannelPruner(net, replace(settings, exclude=("conv1",)), example)
+    assert pruner.cut(1) and net.conv2.out_channels < 8
+    net(torch.randn(2, 3, 8, 8))
+    assert ChannelPruner(AuxiliaryHead(reads_image=True), settings, example).stage.groups.keys() == {"conv1", "conv2"}
+
+
+@pytest.mark.parametrize("criterion", ["channel_scaling", "transtailor"])
+def test_factors_leave_grouped_convolutions_two_channels_per_group(criterion: str) -> None:
+    layers = [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1, groups=4), nn.Conv2d(16, 6, 1)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"1 channel\(s\) .* \(two in each group of a grouped convolution\)"):
+        make(copy.deepcopy(net), criterion=criterion, target=0.98)
+    _, pruner = make(net, criterion=criterion, target=0.7, rounds=1)
+    train(net, pruner, torch.optim.SGD(net.parameters(), lr=0.01))
+    assert pruner.cut(1)
+    assert (net[1].in_channels, net[1].out_channels) == (8, 8)
+    train(net, pruner, torch.optim.SGD(net.parameters(), lr=0.01))

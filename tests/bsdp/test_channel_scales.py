@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bsdp
 from bsdp.channel_graph import channel_groups, plan_removal
@@ -66,6 +66,22 @@ def test_factors_train_and_copies_have_their_own() -> None:
     net(batch).sum().backward()
     assert scales_of(net).weight.grad.abs().max() > 0
     assert scales_of(twin).weight.grad is None
+
+
+class ByKeyword(nn.Sequential):
+    """Calls its layers by keyword."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self[2](input=self[1](input=self[0](input=images)))
+
+
+def test_readers_may_be_called_by_keyword() -> None:
+    net, images = ByKeyword(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 5, 5)
+    scales = ChannelScales(net, {"2": [1, 2, 3, 4]}, units=4)
+    nn.init.uniform_(scales.weight, 0.5, 1.5)
+    expected = net(images)
+    fold_scales(net)
+    torch.testing.assert_close(net(images), expected)
 
 
 def test_dropping_leaves_no_trace() -> None:

@@ -19,7 +19,15 @@ from bsdp.channel_surgery import remove_channels
 from bsdp.factorize import to_float64
 from bsdp.layers import BasisPair, named_pairs, to_matrix
 from tests.helpers.channel_removal import cut, halved, ignoring, random_units, traceable_batch, traceable_net
-from tests.helpers.compare import assert_same_state, decomposed, half_ranks, keep_ranks, randomize_scales, snapshot
+from tests.helpers.compare import (
+    assert_same_state,
+    decomposed,
+    half_ranks,
+    is_channels_last,
+    keep_ranks,
+    randomize_scales,
+    snapshot,
+)
 from tests.helpers.nets import ConvNet
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -37,6 +45,21 @@ def train(net: nn.Module, optimizer: Optimizer, batch: Tensor, *, steps: int = 2
         optimizer.step()
         loss = value.item()
     return loss
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_memory_format_stays(pairs: bool) -> None:
+    net, batch = ConvNet().double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if pairs:
+        bsdp.decompose(net)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    train(net, optimizer, batch)
+    cut(net, batch[:1], random_units(channel_groups(net, batch[:1])), optimizers=[optimizer])
+    for layer in (net.conv1, net.conv2):
+        weight = layer.basis.weight if pairs else layer.weight
+        assert is_channels_last(weight)
+        assert pairs or is_channels_last(optimizer.state[weight]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -199,6 +199,9 @@ def test_output_change() -> None:
     maps = torch.ones(2, 3, 4, 4)
     assert output_change(maps, 1.5 * maps) == pytest.approx(0.25)
     assert output_change(torch.full((4, 1), 2.0), torch.full((4, 1), 3.0)) == pytest.approx(0.25)
+    assert output_change((maps, before), (1.5 * maps, 1.1 * before)) == pytest.approx(0.26)
+    with pytest.raises(ValueError, match="other shapes after a cut"):
+        output_change(before, before[:4])
 
 
 def test_orders_move_on_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,14 @@ import bsdp
 from bsdp.layers import named_pairs
 from bsdp.pruning import cut_optimizer_state, drop_stale_optimizer_state, mean_contribution
 from bsdp.selection import PruningPlan
-from tests.helpers.compare import assert_same_state, decomposed, randomize_scales, relative_error, snapshot
+from tests.helpers.compare import (
+    assert_same_state,
+    decomposed,
+    is_channels_last,
+    randomize_scales,
+    relative_error,
+    snapshot,
+)
 from tests.helpers.nets import NETS, make_input, make_net
 from tests.helpers.reference import masked
 
@@ -288,19 +295,46 @@ def test_an_optimizer_that_has_not_stepped_yet_needs_nothing() -> None:
     opt.step()
 
 
-def test_slicing_leaves_scalars_and_other_shapes_alone() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
+def test_scalars_stay_and_factored_state_is_cut_along_its_axes() -> None:
+    parameter = nn.Parameter(torch.zeros(2, 3))
     opt = torch.optim.Adam([parameter])
     opt.state[parameter] = {
         "step": torch.tensor(7.0),
-        "exp_avg": torch.arange(5.0),
-        "row": torch.zeros(5, 5),
+        "exp_avg": torch.arange(15.0).view(5, 3),
+        "row": torch.arange(5.0)[:, None],
+        "column": torch.arange(3.0)[None],
         "note": 3,
     }
-    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
+    cut_optimizer_state(opt, parameter, torch.Size([5, 3]), lambda value: value.view(5, 3)[[1, 4]])
     state = opt.state[parameter]
-    assert state["exp_avg"].tolist() == [1.0, 4.0]
-    assert (float(state["step"]), tuple(state["row"].shape), state["note"]) == (7.0, (5, 5), 3)
+    assert state["exp_avg"].tolist() == [[3.0, 4.0, 5.0], [12.0, 13.0, 14.0]]
+    assert (state["row"].tolist(), state["column"].tolist()) == ([[1.0], [4.0]], [[0.0, 1.0, 2.0]])
+    assert (float(state["step"]), state["note"]) == (7.0, 3)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(5, 5), [torch.zeros(5, 5)]], ids=["tensor", "list"])
+def test_state_of_other_shapes_is_dropped(other: object) -> None:
+    parameter, bystander = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    opt = torch.optim.Adam([parameter, bystander])
+    opt.state[parameter] = {"exp_avg": torch.arange(5.0), "factors": other}
+    opt.state[bystander] = {"exp_avg": torch.zeros(2)}
+    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
+    assert list(opt.state) == [bystander]
+
+
+def test_the_memory_format_stays() -> None:
+    net = make_net("conv")
+    net = decomposed(net.to(memory_format=torch.channels_last)).requires_grad_(True)  # type: ignore[call-overload]
+    opt = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    net(make_input("conv")).sum().backward()
+    opt.step()
+    bsdp.prune(net, plan_for(net), optimizers=[opt])
+    for pair in named_pairs(net).values():
+        weight = pair.basis.weight
+        assert isinstance(weight, nn.Parameter)
+        assert is_channels_last(weight) and is_channels_last(opt.state[weight]["momentum_buffer"])
+    folded = [p for p in bsdp.fold(net).parameters() if p.dim() == 4 and p.shape[-1] > 1]
+    assert folded and all(is_channels_last(p) for p in folded)
 
 
 def test_stale_state_is_dropped_and_fitting_state_kept() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import functional as F
 
 import bsdp
 from bsdp import cli
 from bsdp.artifacts import load_artifact
-from bsdp.callbacks import ChannelPruning, DoublePruning, PruningReport
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, PruningReport
 from bsdp.task import TransferTask
 from tests.callbacks.test_precision import CpuScaler
 from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit
@@ -60,11 +62,73 @@ def test_the_probe_is_the_validation_images(tmp_path: Path) -> None:
     torch.testing.assert_close(callback.pruner.probe(), module.eval()(data.examples.tensors[0][:48]))
 
 
+def fit_alone(module: LightningModule, folder: Path) -> Any:
+    """Fit without a `Watch`, which wants class scores from ``forward``."""
+    callback = DoublePruning(target=0.5, rounds=2, tolerance=None, save_pruned=False)
+    trainer = make_trainer(folder, [callback, BasisDecomposition()], limit_train_batches=2)
+    trainer.fit(module, datamodule=Stripes(batch_size=16))
+    return callback
+
+
+class WithInput(ResidualClassifier):
+    """Returns more than one tensor, the first of which no cut changes."""
+
+    def forward(self, images: Tensor) -> Any:
+        return {"input": images.flatten(1), "logits": self.network(images)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0])["logits"], batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_accuracy", (self(batch[0])["logits"].argmax(1) == batch[1]).float().mean())
+
+
+def test_all_outputs_are_compared(tmp_path: Path) -> None:
+    callback = fit_alone(WithInput(), tmp_path)
+    changes = callback.pruner.changes.values()
+    assert changes and all(change > 0 for change in changes)
+
+
+class WithoutForward(ResidualClassifier):
+    """Calls its network in the steps."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_a_module_without_forward(tmp_path: Path) -> None:
+    callback = fit_alone(WithoutForward(), tmp_path)
+    assert len(callback.record.rounds) == 3
+
+
+def test_the_first_cut_may_come_before_the_first_validation(tmp_path: Path) -> None:
+    options = {"check_val_every_n_epoch": 3, "max_epochs": 3, "limit_train_batches": 2}
+    _, callback, _ = fit(ResidualClassifier(), tmp_path, double=True, **options)
+    assert len(callback.record.rounds) == 3
+
+
 class Untrainable(ResidualClassifier):
     """Says so when a step is made after all."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise AssertionError("a step was made")
+
+
+class TakesPairs(Untrainable):
+    """Does not take what is the first tensor of a validation batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 48:
+            raise RuntimeError("a pair is expected")
+        return super().forward(images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_accuracy", 1.0)
 
 
 def test_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -79,6 +143,8 @@ def test_refused_before_the_first_step(tmp_path: Path) -> None:
         make_trainer(tmp_path, [DoublePruning(tolerance=None)]).fit(Untrainable(), datamodule=Stripes())
     with pytest.raises(ValueError, match=r"`criterion: bn_scale` .* all of them are frozen: let them train"):
         fit(Untrainable(), tmp_path, double=True, pruning={"criterion": "bn_scale"})
+    with pytest.raises(ValueError, match=r"for the first floating-point tensor of .* failed \(RuntimeError: a pair is"):
+        fit(TakesPairs(), tmp_path, double=True)
     fit(ResidualClassifier(), tmp_path, double=True, pruning={"split": 0.5}, limit_val_batches=0)
 
 

@@ -16,8 +16,9 @@ from torch.optim import lr_scheduler as schedulers
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.channel_runs import ResidualClassifier, fit
 from tests.helpers.outcomes import Watch, check, run
-from tests.helpers.pruning_runs import Batch, Classifier, Stripes, small_network
+from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -43,6 +44,25 @@ def test_optimizer_with_state_per_element(make: Any, tmp_path: Path) -> None:
     for pair in bsdp.named_pairs(module).values():
         sizes = {v.numel() for v in state[pair.scaling.delta].values() if isinstance(v, Tensor) and v.dim() > 0}
         assert sizes == {pair.rank}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("cut", ["bases", "channels", "both"])
+def test_all_weights_train_on_after_cuts(cut: str, make: Any, tmp_path: Path) -> None:
+    module = ResidualClassifier()
+    module.configure_optimizers = lambda: make(trainable(module))  # type: ignore[method-assign]
+    short: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 2}
+    if cut == "bases":
+        callbacks = [BasisDecomposition(train="weights"), IterativeBasisPruning(target=0.5, rounds=2, tolerance=None)]
+        trainer = make_trainer(tmp_path, callbacks, **short)
+        trainer.fit(module, datamodule=Stripes(batch_size=16))
+    else:
+        double: dict[str, Any] = {"double": True, "decomposition": {"train": "weights"}} if cut == "both" else {}
+        pruning = {"order": "channel_then_basis", "split": 0.5} if double else {}
+        trainer, _, _ = fit(module, tmp_path, pruning=pruning, **double, **short)
+    for parameter, state in trainer.optimizers[0].state.items():
+        tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
+        assert tensors and all(value.expand(parameter.shape).isfinite().all() for value in tensors)
 
 
 SCHEDULERS: dict[str, Any] = {

@@ -29,6 +29,11 @@ def assert_same_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         assert torch.equal(now[key], value), key
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor is laid out channels last, and not contiguous as well."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def decomposed(model: nn.Module, **options: object) -> nn.Module:
     """A decomposed copy."""
     model = copy.deepcopy(model)
