@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bsdp._checks import check_share
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import example_of, own_iterator
+from bsdp.callbacks._measuring import call_network, example_of, own_iterator
 from bsdp.callbacks._records import describe_cut
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.channel_compensation import collect_input_moments
@@ -217,7 +217,7 @@ class CompensatedPruning(RoundPruning):
         with evaluating(pl_module), uncompiled(), trainer.precision_plugin.val_step_context():
             for batch in self._batches(trainer):
                 images, labels = _labelled(batch)
-                right += int((pl_module(images).argmax(1) == labels).sum())
+                right += int((call_network(pl_module, images).argmax(1) == labels).sum())
                 total += len(labels)
         return right / max(1, total)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, CompensatedPruning, PruningReport
 from bsdp.channel_group import UntraceableError
-from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
+from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer, small_network
 
 
 def run(folder: Path, callbacks: list[Any], *, data: Any = None, epochs: int = 3, **options: Any) -> Classifier:
@@ -51,6 +52,29 @@ def test_prunes_once_after_the_fit(tmp_path: Path) -> None:
     other = Classifier()
     bsdp.load_checkpoint(other, callback.checkpoint_path)
     torch.testing.assert_close(other(images), module(images))
+
+
+class WithoutForward(LightningModule):
+    """Its steps call the network in it; so must whoever wants its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_network()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_a_module_without_a_forward_of_its_own(tmp_path: Path) -> None:
+    callback = CompensatedPruning(tolerance=0.2)
+    make_trainer(tmp_path, [callback], max_epochs=2).fit(WithoutForward(), datamodule=Stripes())
+    assert callback.record.rounds[1].params < callback.record.rounds[0].params
 
 
 def test_starts_from_the_best_epoch_and_only_removes(tmp_path: Path) -> None:
