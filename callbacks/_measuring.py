@@ -32,11 +32,15 @@ def only_network(pl_module: LightningModule) -> str:
     return f"{children[0]}.{inside}" if inside else children[0]
 
 
-def call_network(pl_module: LightningModule, *arguments: Any, **named: Any) -> Any:
-    """The output of a module's ``forward``; of its one network, where it has no ``forward`` of its own."""
+def callable_part(pl_module: LightningModule) -> nn.Module:
+    """What can be called: the module; its one network, where it has no ``forward`` of its own."""
     name = "" if is_overridden("forward", pl_module, LightningModule) else only_network(pl_module)
-    part: nn.Module = pl_module.get_submodule(name) if name else pl_module
-    return part(*arguments, **named)
+    return pl_module.get_submodule(name) if name else pl_module
+
+
+def call_network(pl_module: LightningModule, *arguments: Any, **named: Any) -> Any:
+    """The output of `callable_part`."""
+    return callable_part(pl_module)(*arguments, **named)
 
 
 def measure_module_cost(

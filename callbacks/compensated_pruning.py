@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bsdp._checks import check_share
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import call_network, example_of, own_iterator
+from bsdp.callbacks._measuring import call_network, callable_part, example_of, own_iterator
 from bsdp.callbacks._records import describe_cut
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.channel_compensation import collect_input_moments
@@ -163,7 +163,10 @@ class CompensatedPruning(RoundPruning):
         count = math.ceil(self.data_fraction * _length(trainer))
         rank_zero_info(f"bsdp: compensated pruning: moments from {count} training batches")
         stage.moments = collect_input_moments(
-            pl_module, self._examples(trainer, count), stage.readers(), max_positions=self.settings.max_positions
+            callable_part(pl_module),
+            self._examples(trainer, count),
+            stage.readers(),
+            max_positions=self.settings.max_positions,
         )
         if pruner.cut(trainer.current_epoch, optimizers=trainer.optimizers):
             forget_graphs()
