@@ -211,8 +211,9 @@ def _from_checkpoint(path: Path) -> Artifact:
     rebuild_for(module, checkpoint, source=path)
     load_tensors(module, state)
     images = _images_of(checkpoint, backbone.num_classes)
-    metadata |= {key: images[key] for key in ("class_names",) if key in images} | _facts_of_run(path, metadata)
-    shape, metadata = _image_facts(metadata, _seen_shape(checkpoint) or images.get("shape"), backbone)
+    told = images.pop("shape", None)
+    metadata |= images | _facts_of_run(path, metadata)
+    shape, metadata = _image_facts(metadata, _seen_shape(checkpoint) or told, backbone)
     with suppress(Exception), evaluating(network), watching(named_pairs(network).values()):
         network(torch.zeros(1, *shape))  # pairs whose weight the network reads fold into one layer each
     return Artifact(path, network, fold(network).eval(), shape, metadata)

@@ -187,7 +187,7 @@ class ChannelStage:
     def update(self, optimizer: Optimizer | None = None, optimizers: Sequence[Optimizer] = ()) -> None:
         """Add the scores of the gradients that stand now, those of every group with one of the optimizers."""
         self._computed = None
-        ours = [other for other in optimizers if self.holds(other)]
+        ours = [other for other in optimizers if self.holds(other)] if len(optimizers) > 1 else []
         if optimizer is None or len(ours) < 2 or all(other is not optimizer for other in ours):
             self.scores.update()
         elif isinstance(self.scores, ChannelScores):

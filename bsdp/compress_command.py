@@ -287,7 +287,7 @@ def _of_the_original(
     """What was measured, without the accuracy of a network that was pruned before; that goes into a note."""
     stats = describe(given)
     notes = []
-    if "val" in measured:
+    if "val" in measured and "test" not in measured:
         notes.append(
             "val accuracy is on images cut from the training split of the data, which the network may know; "
             "`--test` measures on test images."

@@ -162,6 +162,7 @@ class TransferCLI(LightningCLI):
         if rows and self.trainer.log_dir is not None and self.trainer.is_global_zero:
             path = Path(self.trainer.log_dir) / "predictions.csv"
             names = list(getattr(self.datamodule, "class_names", None) or [])
+            names = names if max(label for label, _ in rows) < len(names) else []
             alone = self.trainer.world_size == 1  # else a process has every so many-th image only
             files = list(getattr(self.datamodule, "predicted_files", None) or []) if alone else []
             header = ["index", "label", "probability", *(["class"] if names else []), *(["file"] if files else [])]

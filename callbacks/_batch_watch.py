@@ -30,8 +30,8 @@ class BatchWatch:
         self.reach: GradientReach | None = None  # until the first cut
         if stage is not None and stage.scores.importance not in ("energy", *DATA_FREE):
             self.reach = GradientReach(stage.pairs, stage.scores.importance)
-        self.step = 0  # of the epoch, the only count under manual optimization
-        self._stepped = False
+        self.step = 0  # of the epoch, counted under manual optimization only
+        self._stepped = self._manual = False
         channel = pruner.stages.get("channel")
         self.readers = UnfollowedReaders(channel) if isinstance(channel, ChannelStage) else None  # until then, too
         self._attached = ExitStack()
@@ -51,8 +51,9 @@ class BatchWatch:
         # The teacher stands from the first cut on; before, the first batch shows that there is something to hold.
         if distillation is not None and (distillation.started or distillation.seen == 0):
             self._attached.enter_context(self.pruner.distilling(loss_scale(trainer) / parts))
+        self._manual = not pl_module.automatic_optimization
         self.step, self._stepped = self.next_step, False
-        step = batch_idx // parts if pl_module.automatic_optimization else self.step
+        step = self.step if self._manual else batch_idx // parts
         scored = any(stage.needs_hooks for stage in self.pruner.stages.values())
         if is_watched(trainer, step, parts=parts, scored=scored):
             self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts))
@@ -76,7 +77,8 @@ class BatchWatch:
 
     def note_gradients(self, optimizer: Optimizer) -> None:
         """Note which layers have a gradient, before a step of an optimizer."""
-        self._stepped = self._stepped or any(stage.holds(optimizer) for stage in self.pruner.stages.values())
+        if self._manual and not self._stepped:
+            self._stepped = any(stage.holds(optimizer) for stage in self.pruner.stages.values())
         if self.reach is not None:
             self.reach.note_gradients()
 
