@@ -28,6 +28,7 @@ _PLAIN: Settings = {
     "IterativeBasisPruning.importance": "mean_square",
     "IterativeBasisPruning.ranking": "importance",
     "IterativeBasisPruning.mean_to_bias": False,
+    "IterativeBasisPruning.rebase": "never",
     "IterativeBasisPruning.schedule": "geometric",
     "IterativeBasisPruning.epochs_per_round": 1,
 }

@@ -87,11 +87,6 @@ class PruningSettings(RoundSettings):
         check_choice("rebase", self.rebase, REBASE_TIMES)
         check_choice("metric", self.metric, METRICS)
         check_shrinkage(self.shrinkage)
-        if self.rebase != "never" and self.metric == "kfac" and self.warmup_epochs < 2:
-            raise ValueError(
-                f"`metric='kfac'` needs `warmup_epochs` of at least 2, got {self.warmup_epochs}: an epoch that trains "
-                "the head, without which gradients mean nothing, and one that scores the new bases."
-            )
         check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
@@ -101,6 +96,11 @@ class PruningSettings(RoundSettings):
         check_whole("min_rank", self.min_rank, 1)
         check_whole("rank_multiple", self.rank_multiple, 1)
         super().__post_init__()
+        if self.rebase != "never" and self.metric == "kfac" and self.warmup_epochs < 2:
+            raise ValueError(
+                f"`metric='kfac'` needs `warmup_epochs` of at least 2, got {self.warmup_epochs}: an epoch that trains "
+                "the head, without which gradients mean nothing, and one that scores the new bases."
+            )
 
     def _refuse_without_effect(self) -> None:
         """Refuse settings of bases that would be ignored."""

@@ -31,7 +31,7 @@ from torchmetrics import Metric, MetricCollection
 
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, call_network, only_network, own_iterator
-from bsdp.callbacks._processes import mean_over_processes
+from bsdp.callbacks._processes import all_agree
 from bsdp.compiling import uncompiled
 from bsdp.gradient_moments import check_logits
 from bsdp.probing import evaluating, first_tensor
@@ -68,18 +68,23 @@ class OwnPasses:
         self.reason = why_no_step(pl_module)
         self.stepping = self.reason is None
 
-    def check(self) -> None:
-        """Find out on the first batch, if there is one, how the module can be run. Call it before `runs`.
+    def check(self) -> tuple[Any, Any] | None:
+        """Find out on the first batch how the module can be run. Call it before `runs`.
+
+        Returns:
+            The batch, and the network's output on it (None if it was not seen, where it is not needed); None if there
+            is no batch.
 
         Raises:
             ValueError: If the module cannot be run on a batch alone, or there is no floating-point tensor in it.
         """
         with evaluating(self.module), self._steps(1, ()) as steps:
             for step in steps:
-                self.stepping = self._agreed(self.stepping and self._can_step(step))
-                output = None if self.stepping else self._forward(step.batch)
+                can_step, output = self._try_step(step) if self.stepping else (False, None)
+                self.stepping = all_agree(self.trainer, self.module, can_step)
                 if self.stepping:
-                    continue
+                    return step.batch, output
+                output = self._forward(step.batch)
                 if self.outputs:
                     check_logits(output)
                 if self.trainer.global_step == 0:
@@ -87,6 +92,8 @@ class OwnPasses:
                         f"bsdp: `{self.setting}` gives the first floating-point tensor of training batches to `forward`"
                         f" as it comes, because {self.reason or 'another process does'}"
                     )
+                return step.batch, output
+        return None
 
     def runs(self, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[], Any]]:
         """A function for each batch that runs the module on it and gives the network's output, None if it was not seen.
@@ -106,7 +113,8 @@ class OwnPasses:
         with random_state_kept(), own_steps(self.trainer, self.module, limit, seed=0, changing=changing) as steps:
             yield steps
 
-    def _can_step(self, step: OwnStep) -> bool:
+    def _try_step(self, step: OwnStep) -> tuple[bool, Any]:
+        """Whether the step can be run, and what the network puts out in it."""
         # It may need what is not there, training mode or a state of its own, and raise whatever it likes.
         try:
             output = self._step(step)
@@ -114,15 +122,8 @@ class OwnPasses:
                 check_logits(output)
         except Exception as error:
             self.reason = f"`training_step` cannot be run alone ({type(error).__name__}: {error})"
-            return False
-        return True
-
-    def _agreed(self, stepping: bool) -> bool:
-        """The same in all processes."""
-        if self.trainer.world_size == 1:
-            return stepping
-        share = next(self.module.parameters()).new_tensor(float(stepping), dtype=torch.float32)
-        return float(mean_over_processes(self.trainer, share)) >= 1.0
+            return False, None
+        return True, output
 
     def _run(self, step: OwnStep) -> Any:
         if not self.stepping:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
@@ -14,6 +15,14 @@ def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
     reduced = trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # which works in place
     assert isinstance(reduced, Tensor)
     return reduced
+
+
+def all_agree(trainer: Trainer, module: nn.Module, agrees: bool) -> bool:
+    """Whether something is so in all processes; they must all ask."""
+    if trainer.world_size == 1:
+        return agrees
+    share = next(module.parameters()).new_tensor(float(agrees), dtype=torch.float32)
+    return float(mean_over_processes(trainer, share)) >= 1.0
 
 
 def rewrap(trainer: Trainer) -> None:

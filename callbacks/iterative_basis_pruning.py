@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from bsdp._checks import check_at_least, check_whole
+from bsdp._checks import check_at_least, check_choice, check_whole
 from bsdp.callbacks._calibration import Moments, module_moments
 from bsdp.callbacks._latency import table_for_run
+from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings, why_not_kfac
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.importance import Importance
 from bsdp.latency import LatencyTable
 from bsdp.layers import named_pairs
-from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
-from bsdp.round_settings import ANY_ROUNDS
+from bsdp.pruner import REBASE_TIMES, IterativePruner, PruningSettings, largest_removable_share
+from bsdp.round_settings import ANY_ROUNDS, RoundSettings
 from bsdp.selection import least_rank
 
 
@@ -55,7 +57,8 @@ class IterativeBasisPruning(RoundPruning):
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` (the same share of what is left)
             or ``constant`` (the same share of the original).
-        warmup_epochs: Epochs before the first cut; they give the reference value.
+        warmup_epochs: Epochs before the first cut; they give the reference value. With two or more the bases can be
+            chosen by the loss, see `rebase`.
         epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
         importance: ``mean_square`` (Taylor terms squared per minibatch), ``mean_abs``, ``fisher`` (squared per example,
             for few samples), ``second_order`` (with the curvature, from some training batches read before each cut),
@@ -87,8 +90,12 @@ class IterativeBasisPruning(RoundPruning):
         rebase: When bases are chosen anew, keeping ranks and function: ``never``, ``warmup`` (at the start of the last
             warm-up epoch, when head and batch norms were trained) or ``every_round`` (at the start of the last epoch
             before every cut; also keeps factors well conditioned while weights train). That epoch gives the scores.
+            ``auto``: ``warmup`` by the metric ``kfac`` where the network gives scores of classes, batches hold the
+            classes, there is one loader that can be read again, and the warm-up has two epochs; else ``never``, and
+            the run says why. With a `metric` of your own it is ``warmup``.
         metric: By what they are chosen then: ``euclidean``, ``activation`` (what bases contribute to the layers'
             outputs on training batches) or ``kfac`` (what errors there do to the loss; needs two warm-up epochs).
+            Default: ``kfac`` with ``rebase: auto``, else ``activation``.
         centred: Order bases by the variance of what they put out instead of its power; goes with `mean_to_bias`.
         shrinkage: How much of white inputs is mixed into what is measured, in [0, 1]. null: as much as the spread
             between the examples suggests.
@@ -117,7 +124,7 @@ class IterativeBasisPruning(RoundPruning):
         target_kind: Literal["params", "macs", "bases", "latency"] = "params",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
-        warmup_epochs: int = 1,
+        warmup_epochs: int = LEAST_WARMUP,
         epochs_per_round: int = 1,
         importance: Importance = "mean_square",
         score_momentum: float = 0.0,
@@ -133,8 +140,8 @@ class IterativeBasisPruning(RoundPruning):
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
-        rebase: Literal["never", "warmup", "every_round"] = "never",
-        metric: Literal["euclidean", "activation", "kfac"] = "activation",
+        rebase: Literal["auto", "never", "warmup", "every_round"] = "auto",
+        metric: Literal["euclidean", "activation", "kfac"] | None = None,
         centred: bool = False,
         shrinkage: float | None = None,
         calibration_batches: int = 16,
@@ -152,6 +159,8 @@ class IterativeBasisPruning(RoundPruning):
         check_whole("calibration_batches", calibration_batches, 1)
         self.calibration_batches = calibration_batches
         check_whole("curvature_batches", curvature_batches, 1)
+        check_choice("rebase", rebase, ("auto", *REBASE_TIMES))
+        self.chooses_itself = rebase == "auto" and metric is None
         settings = PruningSettings(
             target=target,
             target_kind=target_kind,
@@ -170,8 +179,7 @@ class IterativeBasisPruning(RoundPruning):
             distillation=distillation,
             distillation_temperature=distillation_temperature,
             distillation_module=distillation_module,
-            rebase=rebase,
-            metric=metric,
+            **rebase_settings(rebase, metric, warmup_epochs=warmup_epochs, importance=importance),
             centred=centred,
             shrinkage=shrinkage,
             mean_to_bias=mean_to_bias,
@@ -187,6 +195,7 @@ class IterativeBasisPruning(RoundPruning):
             save_pruned=save_pruned,
             recalibration_batches=recalibration_batches,
         )
+        self._bases: dict[str, Any] = {}  # settings that a run found instead of those hoped for
         self.new_bias = mean_to_bias
         self.curvature_batches = curvature_batches
         check_whole("latency_batch_size", latency_batch_size, 1)
@@ -198,7 +207,7 @@ class IterativeBasisPruning(RoundPruning):
         """Refuse what cannot work, before anything runs."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.table = None
+            self.table, self._bases = None, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a latency table that cannot be read, unless the run goes on with that of its checkpoint."""
@@ -239,9 +248,28 @@ class IterativeBasisPruning(RoundPruning):
         if self._pruner().needs_gradients:
             check_scales(trainer.optimizers, named_pairs(self._pruner().network))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in `RoundPruning`; before that, find out what ``rebase: auto`` means for this run."""
+        if self.chooses_itself:
+            self._choose_rebase(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def _choose_rebase(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reason = why_not_kfac(trainer, pl_module, self.settings)
+        if reason is None:
+            return
+        self._bases = {"rebase": "never", "metric": "activation", "centred": False, "shrinkage": None}
+        if trainer.global_step == 0:
+            rank_zero_info(f"bsdp: bases are not chosen by the loss (`rebase: auto`): {reason}")
+
+    def schedule(self, trainer: Trainer, *, rounds: int | None, first_epoch: int) -> RoundSettings:
+        """As in `RoundPruning`, with what ``rebase: auto`` means for this run."""
+        return replace(super().schedule(trainer, rounds=rounds, first_epoch=first_epoch), **self._bases)
+
     def own_passes(self) -> list[str]:
         """As in `RoundPruning`; bases are chosen anew by what comes out of the layers, too."""
-        rebases = self.settings.rebase != "never" and self.settings.metric != "euclidean"
+        by_outputs = self.settings.rebase != "never" and self.settings.metric != "euclidean"
+        rebases = by_outputs and not self.chooses_itself  # which has tried it already
         return super().own_passes() + ([f"metric: {self.settings.metric}"] if rebases else [])
 
     def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -81,7 +81,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Rule]] = {
         "score_momentum": number(0, 1, zero=True),
         "distillation": number(0, 1, open_end=False, zero=True),
         "recalibration_batches": whole(0),
-        "rebase": one_of("never", "warmup", "every_round"),
+        "rebase": one_of("auto", "never", "warmup", "every_round"),
         "sparsifier": one_of("none", "l1"),
         "curvature_batches": whole(1),
         "ranking": one_of("importance", "per_cost", "hull"),

@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         {"class_path": "bsdp.callbacks.BasisDecomposition"},
         {
             "class_path": "bsdp.callbacks.IterativeBasisPruning",
-            "init_args": {"target": 0.3, "tolerance": None, "save_pruned": False},
+            "init_args": {"target": 0.3, "warmup_epochs": 1, "tolerance": None, "save_pruned": False},
         },
     ]
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))

@@ -15,10 +15,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ChannelPruning": {"arguments": {"target": 0.5, "tolerance": None, "criterion": "channel_scaling", "l1": 0.01}},
     "DiffPruning": {"arguments": {"gate_epochs": 1, "density": 0.1}},
     "DoublePruning": {"arguments": {"target": 0.4, "tolerance": None}, "beside": [BasisDecomposition]},
-    "IterativeBasisPruning": {"arguments": {"target": 0.5, "tolerance": None}, "beside": [BasisDecomposition]},
+    "IterativeBasisPruning": {
+        "arguments": {"target": 0.5, "warmup_epochs": 1, "tolerance": None},
+        "beside": [BasisDecomposition],
+    },
     "PruningReport": {
         "arguments": {"latency_repeats": 1},
-        "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
+        "beside": [BasisDecomposition, lambda: IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None)],
     },
     "SourcePretraining": {"arguments": {"epochs": 1}, "beside": [BasisDecomposition], "data": StripesWithSource},
     "TwoTemperaturePruning": {
@@ -26,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "beside": [BasisDecomposition],
     },
     "WandbPruningCurves": {
-        "beside": [BasisDecomposition, lambda: IterativeBasisPruning(target=0.5, tolerance=None)],
+        "beside": [BasisDecomposition, lambda: IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None)],
         "wandb": True,
     },
 }

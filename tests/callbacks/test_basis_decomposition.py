@@ -340,7 +340,7 @@ def test_all_weights_train_and_their_momentum_follows_the_cuts(tmp_path: Path, o
             return optimizer(self.parameters(), lr=0.01, **extra)
 
     module = Tuned()
-    pruning = IterativeBasisPruning(target=0.5, tolerance=None, rounds=2)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None, rounds=2)
     decomposition = BasisDecomposition(metric="activation", train="weights")
     weights: dict[str, Any] = {}
 

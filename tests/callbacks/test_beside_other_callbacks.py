@@ -69,7 +69,7 @@ def test_early_stopping_that_waits(tmp_path: Path) -> None:
 
 
 def test_early_stopping_that_does_not_wait(tmp_path: Path) -> None:
-    module, pruning = Classifier(), IterativeBasisPruning(target=0.6, rounds=3, tolerance=None)
+    module, pruning = Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=3, tolerance=None)
     stop = EarlyStopping("val_loss", patience=0, divergence_threshold=0.0)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), stop], max_epochs=4)
     with pytest.warns(UserWarning, match="training ended after 0 of 3 pruning rounds"):
@@ -89,7 +89,7 @@ def test_tuning_callbacks_cut_nothing_and_leave_no_trace(name: str, first: bool,
     tuner: Callback = BatchSizeFinder(max_trials=2, steps_per_trial=2, init_val=16)
     if name == "learning rate":
         tuner = LearningRateFinder(num_training_steps=20, min_lr=0.1, max_lr=0.3)
-    pruning, watch, seen = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None), Watch(), Seen()
+    pruning, watch, seen = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None), Watch(), Seen()
     callbacks: list[Callback] = [pruning, BasisDecomposition(), watch, seen]
     trainer = make_trainer(tmp_path, [tuner, *callbacks] if first else [*callbacks, tuner], max_epochs=4)
     torch.manual_seed(1)
@@ -118,7 +118,7 @@ class Seen(Callback):
 
 def test_tuner_and_then_a_fit(tmp_path: Path) -> None:
     module, data = Tunable(), Stripes(batch_size=8)
-    pruning, watch = IterativeBasisPruning(target=0.5, rounds=2, tolerance=0.9), Watch()
+    pruning, watch = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=0.9), Watch()
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(metric="activation"), watch], max_epochs=4)
     tuner = Tuner(trainer)
     tuner.scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=2, init_val=4)
@@ -134,7 +134,11 @@ def test_a_tuner_is_no_resumed_run(tmp_path: Path) -> None:
     for _ in range(2):  # without a logger, both runs have the same folder
         module = Tunable()
         tuner = BatchSizeFinder(max_trials=1, steps_per_trial=1, init_val=16)
-        callbacks = [tuner, IterativeBasisPruning(target=0.5, rounds=1, tolerance=None), BasisDecomposition()]
+        callbacks = [
+            tuner,
+            IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None),
+            BasisDecomposition(),
+        ]
         trainer = make_trainer(tmp_path, callbacks, max_epochs=2, logger=False)
         trainer.fit(module, datamodule=Stripes(batch_size=16))
     assert {p.name for p in tmp_path.glob("*.ckpt")} == {"pruned.ckpt", "pruned-v1.ckpt"}
@@ -146,7 +150,7 @@ class Failing(Callback):
 
 
 def test_an_error_leaves_no_hook_behind(tmp_path: Path) -> None:
-    module, pruning = Classifier(), IterativeBasisPruning(target=0.5, tolerance=None)
+    module, pruning = Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), Failing()])
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(module, datamodule=Stripes())

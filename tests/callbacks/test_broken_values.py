@@ -72,7 +72,7 @@ def test_a_round_without_sound_scores_is_skipped(importance: str, tmp_path: Path
 @pytest.mark.parametrize("tolerance", [0.9, None])
 def test_weights_that_are_nan_for_good_leave_the_last_sound_model(tolerance: float | None, tmp_path: Path) -> None:
     module = Breaking({(2, 3): NAN}, guard=False)
-    pruning = IterativeBasisPruning(target=0.6, rounds=4, tolerance=tolerance)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=4, tolerance=tolerance)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=5)
     with pytest.warns(UserWarning) as caught:
         trainer.fit(module, datamodule=Stripes(batch_size=16))
@@ -89,7 +89,7 @@ def test_weights_that_are_nan_for_good_leave_the_last_sound_model(tolerance: flo
 
 def test_weights_that_are_nan_from_the_start(tmp_path: Path) -> None:
     module = Breaking({(0, 0): NAN}, guard=False)
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=0.9, save_pruned=False)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=0.9, save_pruned=False)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=3)
     with pytest.warns(UserWarning) as caught:
         trainer.fit(module, datamodule=Stripes(batch_size=16))
@@ -104,7 +104,7 @@ def test_infinite_scores_skip_the_round_whatever_they_come_from(tmp_path: Path) 
             if trainer.current_epoch == 0 and trainer.global_step == 6:
                 scores._sum = scores._sum * INF
 
-    module, pruning = Classifier(), IterativeBasisPruning(target=0.5, rounds=1, tolerance=None)
+    module, pruning = Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), Poison()], max_epochs=2)
     with pytest.warns(UserWarning, match="round 1 is skipped: scores are NaN or infinite"):
         trainer.fit(module, datamodule=Stripes(batch_size=16))

@@ -70,7 +70,7 @@ def fit(
     module: LightningModule, folder: Path, *others: Callback, pruning: Any = None, model: Any = None, **options: Any
 ) -> Any:
     """Fit with two cuts; returns the pruning callback."""
-    pruning = pruning or IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, **DISTILLING)
+    pruning = pruning or IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None, **DISTILLING)
     callbacks = [pruning, *others]
     if not isinstance(pruning, ChannelPruning):
         callbacks.insert(1, BasisDecomposition())
@@ -88,7 +88,7 @@ def run(kind: type[Classifier], folder: Path, *others: Callback, pruning: Any = 
 
 
 def plain() -> IterativeBasisPruning:
-    return IterativeBasisPruning(target=0.5, rounds=2, tolerance=None)
+    return IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def test_the_same_run_as_with_the_loss_written_out(options: dict[str, Any], tmp_
 def test_weight_0_leaves_a_run_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = run(Classifier, tmp_path, pruning=plain())
     monkeypatch.setattr(SelfDistillation, "__init__", None)  # it is not even made
-    pruning = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, distillation=0.0, distillation_temperature=9)
+    pruning = IterativeBasisPruning(
+        warmup_epochs=1, target=0.5, rounds=2, tolerance=None, distillation=0.0, distillation_temperature=9
+    )
     state, _ = run(Classifier, tmp_path, pruning=pruning)
     assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
@@ -260,7 +262,9 @@ class WithDict(Classifier):
 def test_what_gives_no_class_scores_is_refused_at_once(
     kind: type[Classifier], module: str | None, message: str, tmp_path: Path
 ) -> None:
-    pruning = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, distillation_module=module, **DISTILLING)
+    pruning = IterativeBasisPruning(
+        warmup_epochs=1, target=0.5, rounds=2, tolerance=None, distillation_module=module, **DISTILLING
+    )
     with pytest.raises(ValueError, match=message):
         fit(kind(), tmp_path, pruning=pruning)
     assert len(pruning.record.rounds) < 2
@@ -269,7 +273,7 @@ def test_what_gives_no_class_scores_is_refused_at_once(
 def test_a_named_module_is_taken(tmp_path: Path) -> None:
     expected, _ = run(Classifier, tmp_path)
     pruning = IterativeBasisPruning(
-        target=0.5, rounds=2, tolerance=None, distillation_module="network.body", **DISTILLING
+        warmup_epochs=1, target=0.5, rounds=2, tolerance=None, distillation_module="network.body", **DISTILLING
     )
     state, _ = run(WithDict, tmp_path, pruning=pruning)
     for value, own in zip(expected.values(), state.values(), strict=True):
@@ -280,7 +284,7 @@ def test_epochs_that_are_added_to_a_finished_run_learn_from_the_same_teacher(tmp
     first = fit(Classifier(), tmp_path)
     saved = torch.load(first.checkpoint_path, weights_only=True)["callbacks"]["IterativeBasisPruning"]
     assert saved["record"]["reference_state"] is not None and saved["record"]["chosen"] == 2
-    pruning = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, **DISTILLING)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None, **DISTILLING)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=4)
     trainer.fit(Classifier(), datamodule=Stripes(batch_size=16), ckpt_path=first.checkpoint_path, weights_only=True)
     assert pruning.pruner is not None and pruning.pruner.distillation is not None

@@ -37,7 +37,9 @@ class Frozen(Classifier):
 
 
 def fit(folder: Path, how: str, **pruning: Any) -> IterativeBasisPruning:
-    callback = IterativeBasisPruning(**{"target": 0.3, "rounds": 1, "tolerance": None, "save_pruned": False, **pruning})
+    callback = IterativeBasisPruning(
+        **{"target": 0.3, "rounds": 1, "warmup_epochs": 1, "tolerance": None, "save_pruned": False, **pruning}
+    )
     trainer = make_trainer(folder, [BasisDecomposition(), callback], max_epochs=3)
     trainer.fit(Frozen(how), datamodule=Stripes())
     return callback

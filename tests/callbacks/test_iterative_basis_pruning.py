@@ -51,7 +51,9 @@ def rows(trainer: Trainer) -> list[dict[str, str]]:
 @pytest.mark.parametrize("schedule", ["geometric", "cubic", "constant"])
 def test_budget_is_met_after_the_last_round(tmp_path: Path, kind: Any, schedule: Any) -> None:
     module = Classifier()
-    pruning = IterativeBasisPruning(target=0.6, target_kind=kind, rounds=3, schedule=schedule, tolerance=None)
+    pruning = IterativeBasisPruning(
+        warmup_epochs=1, target=0.6, target_kind=kind, rounds=3, schedule=schedule, tolerance=None
+    )
     fit(module, pruning, tmp_path, max_epochs=4)
     record = pruning.record
     kept = [record.kept(r, kind) for r in record.rounds]
@@ -98,7 +100,7 @@ def test_learning_goes_on_and_momentum_is_kept(tmp_path: Path) -> None:
                 }
             )
 
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=None)
     fit(module, pruning, tmp_path, Watch(), max_epochs=3)
     assert all(s["held"] for s in seen)
     for epoch in (1, 2):  # right after a cut: momentum of the survivors is there, in the new size
@@ -113,7 +115,7 @@ def test_learning_goes_on_and_momentum_is_kept(tmp_path: Path) -> None:
 def test_smallest_tolerated_model_is_left_even_when_later_ones_fail(tmp_path: Path) -> None:
     # epoch 0 warms up, rounds at epochs 1 to 4: good, good, bad, and never run
     module = Steered([0.9, 0.895, 0.8901, 0.5, 0.95])
-    pruning = IterativeBasisPruning(target=0.7, rounds=4, tolerance=0.01)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.7, rounds=4, tolerance=0.01)
     trainer = fit(module, pruning, tmp_path, max_epochs=5)
     record = pruning.record
     assert trainer.current_epoch == 4  # stopped after the first failed round
@@ -130,14 +132,14 @@ def test_smallest_tolerated_model_is_left_even_when_later_ones_fail(tmp_path: Pa
 
 def test_patience_lets_a_round_recover(tmp_path: Path) -> None:
     module = Steered([0.9, 0.5, 0.895, 0.5, 0.895])
-    pruning = IterativeBasisPruning(target=0.7, rounds=4, tolerance=0.01, patience_rounds=2)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.7, rounds=4, tolerance=0.01, patience_rounds=2)
     fit(module, pruning, tmp_path, max_epochs=5)
     assert pruning.record.chosen == 4
 
 
 def test_unpruned_model_comes_back_when_nothing_is_tolerated(tmp_path: Path) -> None:
     module = Steered([0.9, 0.1])
-    pruning = IterativeBasisPruning(target=0.7, rounds=2, tolerance=0.01)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.7, rounds=2, tolerance=0.01)
     with pytest.warns(UserWarning, match="no pruned model was within"):
         fit(module, pruning, tmp_path, max_epochs=3)
     assert pruning.record.chosen == 0
@@ -146,20 +148,20 @@ def test_unpruned_model_comes_back_when_nothing_is_tolerated(tmp_path: Path) -> 
 
 def test_lower_is_better_with_mode_min(tmp_path: Path) -> None:
     module = Steered([0.3, 0.305, 0.6, 0.1])
-    pruning = IterativeBasisPruning(target=0.6, rounds=3, tolerance=0.01, mode="min")
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=3, tolerance=0.01, mode="min")
     fit(module, pruning, tmp_path, max_epochs=4)
     assert pruning.record.chosen == 1
 
 
 def test_restore_best_off_keeps_the_last_structure(tmp_path: Path) -> None:
     module = Steered([0.9, 0.1])
-    pruning = IterativeBasisPruning(target=0.6, rounds=1, tolerance=0.01, restore_best=False)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=1, tolerance=0.01, restore_best=False)
     fit(module, pruning, tmp_path, max_epochs=2)
     assert ranks(module) == list(pruning.record.rounds[1].ranks.values())
 
 
 def test_logged_keys(tmp_path: Path) -> None:
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=None)
     trainer = fit(Classifier(), pruning, tmp_path, max_epochs=3)
     kinds = [f"bsdp/{kind}{end}" for kind in ("bases", "params", "macs") for end in ("", "_kept")]
     expected = {
@@ -183,7 +185,7 @@ def test_logged_keys(tmp_path: Path) -> None:
 
 def test_no_checkpoint_carries_a_structure_under_an_old_metric(tmp_path: Path) -> None:
     module = Steered([0.9, 0.8, 0.7])
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=None)
     keeper = ModelCheckpoint(tmp_path / "all", monitor="val_accuracy", mode="max", save_top_k=-1, filename="{epoch}")
     fit(module, pruning, tmp_path, keeper, max_epochs=3, enable_checkpointing=True)
     for record in pruning.record.rounds:
@@ -193,7 +195,7 @@ def test_no_checkpoint_carries_a_structure_under_an_old_metric(tmp_path: Path) -
 
 
 def test_scores_once_per_optimizer_step(tmp_path: Path) -> None:
-    pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=None, epochs_per_round=2)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None, epochs_per_round=2)
     steps: list[int] = []
 
     class Count(Callback):
@@ -208,7 +210,7 @@ def test_scores_once_per_optimizer_step(tmp_path: Path) -> None:
 
 def test_test_of_a_larger_checkpoint_after_more_pruning(tmp_path: Path) -> None:
     module = Steered([0.9, 0.8, 0.7])
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=None)
     keeper = ModelCheckpoint(tmp_path / "best", monitor="val_accuracy", mode="max")
     trainer = fit(module, pruning, tmp_path, keeper, max_epochs=3, enable_checkpointing=True)
     assert ranks(module) == list(pruning.record.rounds[2].ranks.values())
@@ -219,7 +221,7 @@ def test_test_of_a_larger_checkpoint_after_more_pruning(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resume_goes_on_with_ranks_schedule_and_record(tmp_path: Path) -> None:
     def settings() -> IterativeBasisPruning:
-        return IterativeBasisPruning(target=0.6, rounds=3, tolerance=0.9)
+        return IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=3, tolerance=0.9)
 
     whole = settings()
     torch.manual_seed(0)
@@ -249,7 +251,7 @@ def test_second_fit_starts_with_its_own_warm_up(tmp_path: Path) -> None:
     module = Classifier()
     trainer = make_trainer(tmp_path, [BasisDecomposition()], max_epochs=2)
     trainer.fit(module, datamodule=Stripes())
-    pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=0.9)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=0.9)
     trainer.callbacks.append(pruning)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, datamodule=Stripes())
@@ -261,7 +263,7 @@ def test_files_of_an_earlier_run_are_not_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         fit(
             Classifier(),
-            IterativeBasisPruning(target=0.5, rounds=1, tolerance=None),
+            IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None),
             tmp_path,
             max_epochs=2,
             logger=False,
@@ -273,7 +275,7 @@ def test_files_of_an_earlier_run_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_fast_dev_run_cuts_nothing(tmp_path: Path) -> None:
     module = Classifier()
-    fit(module, IterativeBasisPruning(), tmp_path, fast_dev_run=True)
+    fit(module, IterativeBasisPruning(warmup_epochs=1), tmp_path, fast_dev_run=True)
     assert ranks(module) == [9, 24]
 
 
@@ -287,7 +289,7 @@ def test_nan_gradients_remove_nothing(tmp_path: Path) -> None:
                 optimizer.zero_grad()
 
     module = Broken()
-    pruning = IterativeBasisPruning(target=0.6, rounds=2, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=2, tolerance=None)
     with pytest.warns(UserWarning, match="pruning round 1 is skipped: no finite gradient"):
         fit(module, pruning, tmp_path, max_epochs=3)
     # the second cut works again and reaches the target
@@ -305,15 +307,20 @@ def test_macs_need_an_example_only_when_asked_for(tmp_path: Path) -> None:
         def _evaluate(self, batch: Any, stage: str) -> None:
             self.log(f"{stage}_accuracy", (self(batch[0], torch.zeros(1)).argmax(1) == batch[1]).float().mean())
 
-    pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None)
     with pytest.warns(UserWarning, match="MACs are not reported"):
         fit(Odd(), pruning, tmp_path, max_epochs=2)
     assert pruning.record.rounds[-1].macs is None
     with pytest.raises(ValueError, match="`target_kind: macs` needs the MACs"):
-        fit(Odd(), IterativeBasisPruning(target=0.5, rounds=1, target_kind="macs"), tmp_path, max_epochs=2)
+        fit(
+            Odd(),
+            IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, target_kind="macs"),
+            tmp_path,
+            max_epochs=2,
+        )
     told = Odd()
     told.example_input_array = (torch.zeros(1, 1, 8, 8), torch.zeros(1, 1))
-    pruning = IterativeBasisPruning(target=0.5, rounds=1, target_kind="macs", tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, target_kind="macs", tolerance=None)
     fit(told, pruning, tmp_path, max_epochs=2)
     assert pruning.record.input_shapes == [[1, 1, 8, 8]]
 
@@ -344,7 +351,7 @@ def test_a_layer_whose_weight_is_read_stays_whole(
                 raise RuntimeError("no single images")
             return self.network(images, torch.zeros(1))
 
-    module, pruning = Module(), IterativeBasisPruning(target=0.3, rounds=1, tolerance=None)
+    module, pruning = Module(), IterativeBasisPruning(warmup_epochs=1, target=0.3, rounds=1, tolerance=None)
     if measured:
         fit(module, pruning, tmp_path, max_epochs=2)
     else:
@@ -385,18 +392,23 @@ class TestRefusals:
             IterativeBasisPruning(**options)
 
     def test_not_decomposed(self, tmp_path: Path) -> None:
-        trainer = make_trainer(tmp_path, [IterativeBasisPruning()])
+        trainer = make_trainer(tmp_path, [IterativeBasisPruning(warmup_epochs=1)])
         with pytest.raises(ValueError, match=r"add `bsdp\.callbacks\.BasisDecomposition"):
             trainer.fit(Classifier(), datamodule=Stripes())
 
     def test_target_out_of_reach(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"`target=0.99` is out of reach: .* below 0.\d+"):
-            fit(Classifier(), IterativeBasisPruning(target=0.99), tmp_path)
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.99), tmp_path)
 
     def test_monitor_that_is_never_logged(self, tmp_path: Path) -> None:
         module = Classifier()
         with pytest.raises(ValueError, match=r"`IterativeBasisPruning\(monitor='val_acc'\)` is never logged"):
-            fit(module, IterativeBasisPruning(monitor="val_acc", target=0.5), tmp_path, num_sanity_val_steps=1)
+            fit(
+                module,
+                IterativeBasisPruning(warmup_epochs=1, monitor="val_acc", target=0.5),
+                tmp_path,
+                num_sanity_val_steps=1,
+            )
         assert not any(p.scaling.delta.any() for p in bsdp.named_pairs(module).values())  # before any step
 
     def test_monitor_that_the_sanity_check_does_not_show(self, tmp_path: Path) -> None:
@@ -426,27 +438,32 @@ class TestRefusals:
         options: dict[str, Any] = {"target": 0.3, "tolerance": 0.9, "save_pruned": False}
         cases = (Quiet(), Stripes(), ""), (Wrapped(), Stripes(), ""), (Loud(), Both(), "/dataloader_idx_1")
         for module, data, name in cases:
-            pruning = IterativeBasisPruning(monitor=f"val_accuracy{name}", **options)
+            pruning = IterativeBasisPruning(warmup_epochs=1, monitor=f"val_accuracy{name}", **options)
             trainer = make_trainer(tmp_path, [BasisDecomposition(), pruning], num_sanity_val_steps=1)
             trainer.fit(module, datamodule=data)
             assert pruning.record.rounds[-1].accuracy_best is not None
 
     def test_too_many_rounds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"needs 11 epochs .* but the trainer stops after 5"):
-            fit(Classifier(), IterativeBasisPruning(rounds=10, target=0.5), tmp_path)
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, rounds=10, target=0.5), tmp_path)
 
     def test_endless_trainer_without_rounds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="`rounds` must be given"):
-            fit(Classifier(), IterativeBasisPruning(target=0.5), tmp_path, max_epochs=-1)
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5), tmp_path, max_epochs=-1)
 
     def test_no_validation(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs a validation loader"):
-            fit(Classifier(), IterativeBasisPruning(target=0.5), tmp_path, limit_val_batches=0)
-        fit(Classifier(), IterativeBasisPruning(target=0.5, tolerance=None), tmp_path, limit_val_batches=0)
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5), tmp_path, limit_val_batches=0)
+        fit(
+            Classifier(),
+            IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None),
+            tmp_path,
+            limit_val_batches=0,
+        )
 
     def test_validation_less_often_than_rounds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="validates every 2 epochs"):
-            fit(Classifier(), IterativeBasisPruning(target=0.5), tmp_path, check_val_every_n_epoch=2)
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5), tmp_path, check_val_every_n_epoch=2)
         pruning = IterativeBasisPruning(target=0.5, warmup_epochs=2, epochs_per_round=2)
         fit(Classifier(), pruning, tmp_path, max_epochs=4, check_val_every_n_epoch=2)
         assert pruning.record.reference is not None
@@ -461,7 +478,7 @@ class TestRefusals:
 
         module.configure_optimizers = two  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="no optimizer holds all scaling factors"):
-            fit(module, IterativeBasisPruning(target=0.5, tolerance=None), tmp_path)
+            fit(module, IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None), tmp_path)
 
     def test_frozen_scales(self, tmp_path: Path) -> None:
         class Freeze(Callback):
@@ -469,15 +486,18 @@ class TestRefusals:
                 next(iter(bsdp.named_pairs(pl_module).values())).scaling.delta.requires_grad_(False)
 
         with pytest.raises(ValueError, match=r"scaling factors of 1 layers \(first: '0.0'\) do not train"):
-            fit(Classifier(), IterativeBasisPruning(target=0.5, tolerance=None), tmp_path, Freeze())
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None), tmp_path, Freeze())
 
     def test_barebones(self, tmp_path: Path) -> None:
         trainer = Trainer(
-            barebones=True, max_epochs=3, accelerator="cpu", callbacks=[IterativeBasisPruning(), BasisDecomposition()]
+            barebones=True,
+            max_epochs=3,
+            accelerator="cpu",
+            callbacks=[IterativeBasisPruning(warmup_epochs=1), BasisDecomposition()],
         )
         with pytest.raises(ValueError, match="barebones"):
             trainer.fit(Classifier(), datamodule=Stripes())
 
     def test_averaging(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="weight averaging keeps a copy"):
-            fit(Classifier(), IterativeBasisPruning(), tmp_path, StochasticWeightAveraging(swa_lrs=0.1))
+            fit(Classifier(), IterativeBasisPruning(warmup_epochs=1), tmp_path, StochasticWeightAveraging(swa_lrs=0.1))

@@ -36,7 +36,14 @@ def hand_made(*, speed: float = 1.0, slow: tuple[str, ...] = ("0.0",)) -> bsdp.L
 
 
 def pruning(**options: Any) -> IterativeBasisPruning:
-    settings = {"target": 0.3, "target_kind": "latency", "rounds": 2, "tolerance": None, "save_pruned": False}
+    settings = {
+        "target": 0.3,
+        "target_kind": "latency",
+        "rounds": 2,
+        "warmup_epochs": 1,
+        "tolerance": None,
+        "save_pruned": False,
+    }
     return IterativeBasisPruning(**{**settings, **options})
 
 

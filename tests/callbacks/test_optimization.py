@@ -53,7 +53,10 @@ def test_all_weights_train_on_after_cuts(cut: str, make: Any, tmp_path: Path) ->
     module.configure_optimizers = lambda: make(trainable(module))  # type: ignore[method-assign]
     short: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 2}
     if cut == "bases":
-        callbacks = [BasisDecomposition(train="weights"), IterativeBasisPruning(target=0.5, rounds=2, tolerance=None)]
+        callbacks = [
+            BasisDecomposition(train="weights"),
+            IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None),
+        ]
         trainer = make_trainer(tmp_path, callbacks, **short)
         trainer.fit(module, datamodule=Stripes(batch_size=16))
     else:
@@ -205,7 +208,7 @@ def test_optimizer_and_scheduler_of_the_command_line(
 ) -> None:
     # Lightning's command line still calls what newer versions of jsonargparse have renamed.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    pruning, watch = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None), Watch()
+    pruning, watch = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None), Watch()
     defaults = {
         "callbacks": [pruning, BasisDecomposition(), watch],
         "max_epochs": 4,

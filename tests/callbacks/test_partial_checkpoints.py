@@ -16,7 +16,11 @@ from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
 OPTIONS: dict[str, Any] = {"target": 0.3, "rounds": 1, "tolerance": 0.9}
 CALLBACKS: dict[str, Any] = {
-    "basis": lambda: [BasisDecomposition(), IterativeBasisPruning(**OPTIONS, distillation=0.5), PruningReport()],
+    "basis": lambda: [
+        BasisDecomposition(),
+        IterativeBasisPruning(warmup_epochs=1, **OPTIONS, distillation=0.5),
+        PruningReport(),
+    ],
     "channel": lambda: [ChannelPruning(**OPTIONS)],
     "double": lambda: [BasisDecomposition(), DoublePruning(**OPTIONS)],
 }

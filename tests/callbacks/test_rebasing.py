@@ -166,9 +166,9 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="`shrinkage` must be between 0 and 1"):
         BasisDecomposition(shrinkage=2.0)
     with pytest.raises(ValueError, match="`calibration_batches` must be at least 1"):
-        IterativeBasisPruning(calibration_batches=0)
+        IterativeBasisPruning(warmup_epochs=1, calibration_batches=0)
     with pytest.raises(ValueError, match="`warmup_epochs` of at least 2"):
-        IterativeBasisPruning(rebase="warmup", metric="kfac")
+        IterativeBasisPruning(rebase="warmup", metric="kfac", warmup_epochs=1)
 
 
 def test_centred_bases_from_the_start(tmp_path: Path) -> None:

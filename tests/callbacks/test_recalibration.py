@@ -201,6 +201,7 @@ def test_a_cut_is_followed_by_it(kind: Any, tmp_path: Path) -> None:
     pruning = kind(
         target=0.3,
         rounds=1,
+        warmup_epochs=1,
         tolerance=None,
         recalibration_batches=2,
         **({} if kind is not DoublePruning else {"split": 0.5}),
@@ -219,7 +220,7 @@ def test_a_resumed_run_recalibrates_on_the_same_batches(tmp_path: Path) -> None:
     def run(folder: Path, *others: Callback, ckpt: Path | None = None) -> dict[str, Any]:
         torch.manual_seed(0 if ckpt is None else 1)
         module = ResidualClassifier()
-        pruning = IterativeBasisPruning(target=0.4, rounds=1, tolerance=None, recalibration_batches=2)
+        pruning = IterativeBasisPruning(warmup_epochs=1, target=0.4, rounds=1, tolerance=None, recalibration_batches=2)
         trainer = make_trainer(folder, [pruning, BasisDecomposition(), *others], max_epochs=2)
         trainer.fit(module, datamodule=Shuffled(), ckpt_path=ckpt, weights_only=None if ckpt is None else True)
         return dict(module.state_dict())
@@ -235,4 +236,4 @@ def test_a_resumed_run_recalibrates_on_the_same_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 1.5])
 def test_bad_numbers_of_batches_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="`recalibration_batches` must be at least 0 and a whole number"):
-        IterativeBasisPruning(recalibration_batches=value)
+        IterativeBasisPruning(warmup_epochs=1, recalibration_batches=value)

@@ -102,7 +102,7 @@ def test_pruning_that_something_else_ends(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.should_stop = trainer.current_epoch == 1
 
-    module, pruning = Classifier(), IterativeBasisPruning(target=0.6, rounds=3, tolerance=None)
+    module, pruning = Classifier(), IterativeBasisPruning(warmup_epochs=1, target=0.6, rounds=3, tolerance=None)
     with pytest.warns(UserWarning, match="training ended after 1 of 3 pruning rounds, short of `target=0.6`"):
         make_trainer(tmp_path, [pruning, BasisDecomposition(), Enough()], max_epochs=4).fit(
             module, datamodule=Stripes()

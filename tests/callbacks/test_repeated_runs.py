@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 
 
 def callbacks() -> list[Any]:
-    return [IterativeBasisPruning(target=0.5, rounds=2, tolerance=None), BasisDecomposition(), Watch()]
+    return [IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None), BasisDecomposition(), Watch()]
 
 
 def fit(module: Any, used: list[Callback], folder: Path, **options: Any) -> Any:
@@ -56,7 +56,7 @@ def test_fitting_a_pruned_module_again_prunes_it_further(tmp_path: Path) -> None
     trainer = fit(module, used, tmp_path)
     first = ranks(module)
     trainer.fit_loop.max_epochs = 8
-    used[0].settings = IterativeBasisPruning(target=0.7, tolerance=None).settings
+    used[0].settings = IterativeBasisPruning(warmup_epochs=1, target=0.7, tolerance=None).settings
     trainer.fit(module, datamodule=Stripes(batch_size=16))
     second = used[0].record
     assert [entry.epoch for entry in second.rounds] == [0, 5, 6]  # a warm-up of its own

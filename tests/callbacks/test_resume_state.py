@@ -257,7 +257,7 @@ def test_a_warm_up_that_began_later_still_does_after_a_resume(tmp_path: Path) ->
     plain.fit(module, datamodule=Shuffled())
 
     def go_on(ckpt: Path, *others: Callback, max_epochs: int = 6) -> IterativeBasisPruning:
-        pruning = IterativeBasisPruning(target=0.5, tolerance=0.9)
+        pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=0.9)
         trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), *others], max_epochs=max_epochs)
         trainer.fit(Learner(), datamodule=Shuffled(), ckpt_path=ckpt, weights_only=True)
         return pruning

@@ -24,7 +24,7 @@ from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
     ],
 )
 def test_the_limit_that_is_too_low_is_named(limits: dict[str, Any], message: str, tmp_path: Path) -> None:
-    pruning = IterativeBasisPruning(target=0.5, tolerance=None, rounds=1, save_pruned=False)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None, rounds=1, save_pruned=False)
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], **limits)
     with pytest.raises(ValueError, match=message):
         trainer.fit(Classifier(), datamodule=Stripes())

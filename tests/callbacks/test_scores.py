@@ -171,7 +171,7 @@ def test_every_example_of_a_short_epoch_counts_whatever_is_accumulated(tmp_path:
     for name, options in (("one", {}), ("three", {"accumulate_grad_batches": 3})):
         torch.manual_seed(0)
         counts.append(Counts())
-        pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=None, importance="fisher")
+        pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None, importance="fisher")
         callbacks = [pruning, BasisDecomposition(), counts[-1]]
         trainer = make_trainer(tmp_path / name, callbacks, max_epochs=2, **options)  # type: ignore[arg-type]
         trainer.fit(Still(), datamodule=Stripes(batch_size=16))
@@ -193,7 +193,7 @@ def test_double_pruning_takes_them_too(tmp_path: Path) -> None:
 def test_a_cut_from_very_few_minibatches_is_told(
     batch_size: int, importance: str, told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pruning = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None, importance="mean_square")
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None, importance="mean_square")
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()])
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trainer.fit(Classifier(), datamodule=Stripes(batch_size=batch_size))
@@ -247,7 +247,7 @@ class Loaders(Stripes):
 def test_what_leaves_no_way_to_take_curvature_is_refused_before_training(
     module: type[Classifier], data: Any, message: str, tmp_path: Path
 ) -> None:
-    pruning = IterativeBasisPruning(target=0.5, rounds=1, tolerance=None, importance="second_order")
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None, importance="second_order")
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()])
     loaded: LightningDataModule = data()
     with pytest.raises(ValueError, match=message):

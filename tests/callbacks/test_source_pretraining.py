@@ -96,7 +96,7 @@ def test_decomposed_module_computes_what_the_plain_one_does(tmp_path: Path) -> N
 
 def test_prunes_after_it_in_one_fit(tmp_path: Path) -> None:
     data, module = Counting(), start()
-    pruning = IterativeBasisPruning(target=0.5, tolerance=None)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None)
     callbacks = [pruning, SourcePretraining(epochs=1), BasisDecomposition(metric="activation")]
     fit(tmp_path, *callbacks, module=module, data=data, max_epochs=2)
     assert data.asked == 1

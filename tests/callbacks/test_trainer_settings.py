@@ -69,7 +69,7 @@ def test_scores_are_those_before_clipping(tmp_path: Path) -> None:
     for clip in ({}, {"gradient_clip_val": 1e-4}, {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}):
         torch.manual_seed(0)
         module, first = Classifier(), FirstScores()
-        pruning = IterativeBasisPruning(target=0.5, tolerance=None)
+        pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, tolerance=None)
         trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), first], max_epochs=2, **clip)
         trainer.fit(module, datamodule=Stripes(batch_size=16))
         scores.append(first.value)
@@ -187,7 +187,11 @@ def test_several_loaders(tmp_path: Path) -> None:
 
 def test_barebones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pruning, watch, module = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None), Watch(), NoValidation()
+    pruning, watch, module = (
+        IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None),
+        Watch(),
+        NoValidation(),
+    )
     trainer = Trainer(barebones=True, max_epochs=4, accelerator="cpu", callbacks=[pruning, BasisDecomposition(), watch])
     trainer.fit(module, loaders()[0])
     check(module, pruning, watch)
@@ -214,7 +218,7 @@ def test_training_steps_that_skip_a_batch(tmp_path: Path) -> None:
 
 
 def test_callbacks_that_the_module_brings_along(tmp_path: Path) -> None:
-    pruning, watch = IterativeBasisPruning(target=0.5, rounds=2, tolerance=None), Watch()
+    pruning, watch = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None), Watch()
 
     class Complete(Classifier):
         def configure_callbacks(self) -> list[Callback]:

@@ -137,7 +137,7 @@ def test_a_round_is_logged_once_it_is_over_and_an_interrupted_one_at_once(tmp_pa
 
 def test_axes_are_named_after_the_monitor_of_the_real_callback(tmp_path: Path) -> None:
     run = _Run()
-    pruning = IterativeBasisPruning(target=0.4, monitor="val_loss", mode="min", tolerance=10.0)
+    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.4, monitor="val_loss", mode="min", tolerance=10.0)
     callbacks = [
         _Recorder(run),
         BasisDecomposition(),

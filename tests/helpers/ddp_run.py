@@ -150,7 +150,9 @@ def fit(
     **options: Any,
 ) -> dict[str, Any]:
     """One run, and what this process saw of it."""
-    callback = IterativeBasisPruning(**{"target": 0.5, "rounds": 2, "tolerance": None, **(pruning or {})})
+    callback = IterativeBasisPruning(
+        **{"target": 0.5, "rounds": 2, "warmup_epochs": 1, "tolerance": None, **(pruning or {})}
+    )
     spy = Spy(callback, uneven=uneven)
     callbacks = [callback, BasisDecomposition(**(decomposition or {})), spy, *others]
     options = {"strategy": "ddp", "devices": 2, "max_epochs": 4, **options}

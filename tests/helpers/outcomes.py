@@ -73,7 +73,9 @@ def run(
         skipped: Rounds that are due but cannot be made.
         options: Changed arguments of the trainer.
     """
-    pruner = IterativeBasisPruning(**{"target": 0.5, "rounds": 2, "tolerance": None, **(pruning or {})})
+    pruner = IterativeBasisPruning(
+        **{"target": 0.5, "rounds": 2, "warmup_epochs": 1, "tolerance": None, **(pruning or {})}
+    )
     watch = Watch()
     callbacks = [pruner, BasisDecomposition(**(decomposition or {})), watch, *others]
     trainer = make_trainer(folder, callbacks, **{"max_epochs": EPOCHS, **options})
