@@ -33,9 +33,9 @@ from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, NoScoresError
 from bsdp.layers import named_pairs
 from bsdp.probing import as_inputs
 from bsdp.pruner import reachable_ranks
+from bsdp.rebasing import BasisRoundPruner, check_rebase_settings
 from bsdp.record import RoundRecord
 from bsdp.round_settings import out_of_rounds
-from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS
 from bsdp.snapshots import copy_values, load_values
@@ -86,6 +86,11 @@ class DoublePruningSettings(ChannelPruningSettings):
         importance: Score of bases, see `ScoreAccumulator`.
         score_momentum: Weight of the scores that bases had in earlier rounds, in [0, 1), see `ScoreAverage`.
         ranking: How bases of different layers compare, see `select`.
+        rebase: When bases are chosen anew, see `PruningSettings`. A cut of channels puts others in their place, as near
+            to them as may be: ``"every_round"`` chooses them again before the next cut.
+        metric: By what they are chosen then, see `bsdp.rebase`.
+        centred: See `bsdp.rebase`.
+        shrinkage: See `bsdp.rebase`.
         sparsifier: ``"l1"``: until the last cut, a penalty of `sparsity_weight` times the sum of the absolute scaling
             factors, see `bsdp.sparsifiers`. Scores do not see it.
         sparsity_weight: Weight of the penalty.
@@ -102,6 +107,10 @@ class DoublePruningSettings(ChannelPruningSettings):
     importance: Importance = "mean_square"
     score_momentum: float = 0.0
     ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost"
+    rebase: Literal["never", "warmup", "every_round"] = "never"
+    metric: Literal["euclidean", "activation", "kfac"] = "activation"
+    centred: bool = False
+    shrinkage: float | None = None
     sparsifier: Literal["none", "l1"] = "none"
     sparsity_weight: float = 0.0
     min_rank: int = 1
@@ -121,6 +130,7 @@ class DoublePruningSettings(ChannelPruningSettings):
         if self.split != "auto" and (isinstance(self.split, str) or not 0.0 <= float(self.split) <= 1.0):
             raise ValueError(f"`split` must be 'auto' or a share in [0, 1], got {self.split!r}.")
         super().__post_init__()
+        check_rebase_settings(self)
 
     @property
     def needs_scores(self) -> bool:
@@ -159,7 +169,7 @@ def _relative_change(before: Tensor, after: Tensor) -> float:
     return float(difference / before.double().square().sum().clamp_min(1e-30))
 
 
-class DoublePruner(RoundPruner):
+class DoublePruner(BasisRoundPruner):
     """Prunes bases and channels of a decomposed model round by round, to one budget and within one tolerance.
 
     See `RoundPruner` for the calls that a training loop makes; keep `collecting` open on some batches.
@@ -193,9 +203,9 @@ class DoublePruner(RoundPruner):
             raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
         cost = measure_cost(part, as_inputs(example), new_bias=settings.mean_to_bias) if cost is None else cost
         kind = settings.target_kind
-        self.basis = BasisStage(part, settings, kind=kind)
+        basis = BasisStage(part, settings, kind=kind)
         self.channel = ChannelStage(part, example, settings, kind=kind, new_bias=settings.mean_to_bias)
-        stages: dict[str, Stage] = {"basis": self.basis, "channel": self.channel}
+        stages: dict[str, Stage] = {"basis": basis, "channel": self.channel}
         super().__init__(model, settings, cost, stages, network=network, monitor=monitor)
         self.probe, self.average = probe, average
         self.changes: dict[str, float] = {}  # what the last trial of each kind did to the outputs

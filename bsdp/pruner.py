@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from bsdp._checks import check_choice, check_share, check_whole
 from bsdp.basis_stage import BasisStage
-from bsdp.calibration import check_shrinkage, rebase
 from bsdp.cost import BASIS_KINDS, ModelCost
-from bsdp.factorize import METRICS
 from bsdp.feature_statistics import FeatureStatistics
-from bsdp.gradient_moments import MetricCollector, inputs_and_labels
 from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, ScoreAccumulator
 from bsdp.layers import named_pairs
-from bsdp.moments import LayerMoment
-from bsdp.probing import as_inputs
+from bsdp.rebasing import BasisRoundPruner, check_rebase_settings
 from bsdp.round_settings import RoundSettings, out_of_rounds
-from bsdp.rounds import RoundPruner
 from bsdp.score_average import check_momentum
 from bsdp.selection import RANKINGS, least_rank, reachable_rank
 from bsdp.sparsifiers import check_sparsifier
 from bsdp.stats import limit_pairs
-
-REBASE_TIMES = ("never", "warmup", "every_round")
 
 
 @dataclass(frozen=True)
@@ -84,41 +75,15 @@ class PruningSettings(RoundSettings):
     rank_multiple: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("rebase", self.rebase, REBASE_TIMES)
-        check_choice("metric", self.metric, METRICS)
-        check_shrinkage(self.shrinkage)
         check_sparsifier(self.sparsifier, self.sparsity_weight)
         check_share("max_layer_ratio", self.max_layer_ratio)
         check_choice("importance", self.importance, IMPORTANCES)
         check_momentum(self.score_momentum)
-        self._refuse_without_effect()
         check_choice("ranking", self.ranking, RANKINGS)
         check_whole("min_rank", self.min_rank, 1)
         check_whole("rank_multiple", self.rank_multiple, 1)
         super().__post_init__()
-        if self.rebase != "never" and self.metric == "kfac" and self.warmup_epochs < 2:
-            raise ValueError(
-                f"`metric='kfac'` needs `warmup_epochs` of at least 2, got {self.warmup_epochs}: an epoch that trains "
-                "the head, without which gradients mean nothing, and one that scores the new bases."
-            )
-
-    def _refuse_without_effect(self) -> None:
-        """Refuse settings of bases that would be ignored."""
-        if self.rebase == "never":
-            given = {"metric": self.metric == "kfac", "centred": self.centred, "shrinkage": self.shrinkage is not None}
-            odd = next((name for name, is_given in given.items() if is_given), None)
-            if odd is not None:
-                raise ValueError(
-                    f"`{odd}={getattr(self, odd)!r}` is about bases that are chosen anew in the course of the run, but "
-                    "`rebase` is 'never': set it to 'warmup' or 'every_round'."
-                )
-        if self.rebase == "warmup" and self.warmup_epochs == 0:
-            raise ValueError("`rebase='warmup'` needs `warmup_epochs` of at least 1, got 0: set it, or 'every_round'.")
-        if self.rebase == "every_round" and self.score_momentum:
-            raise ValueError(
-                f"`score_momentum={self.score_momentum}` averages scores of the same bases, but `rebase='every_round'` "
-                "chooses others before every cut: set `rebase` to 'warmup', or `score_momentum` to 0."
-            )
+        check_rebase_settings(self)
 
     @property
     def needs_scores(self) -> bool:
@@ -187,7 +152,7 @@ def refuse_unreachable(
         raise ValueError(out_of_rounds(settings, in_rounds, bound))
 
 
-class IterativePruner(RoundPruner):
+class IterativePruner(BasisRoundPruner):
     """Prunes the bases of a decomposed model round by round while somebody trains it.
 
     See `RoundPruner` for the calls that a training loop makes.
@@ -228,90 +193,13 @@ class IterativePruner(RoundPruner):
         part = model.get_submodule(network) if network else model
         if not named_pairs(part):
             raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
-        self.stage = self.new_stage(part, settings)
-        super().__init__(model, settings, cost, {"basis": self.stage}, network=network, monitor=monitor)
+        stages = {"basis": self.new_stage(part, settings)}
+        super().__init__(model, settings, cost, stages, network=network, monitor=monitor)
         self._timed = cost
         limit_pairs(part, cost)
         if self.original_known:
             self.check_target()
         self.record.rounds.append(self._round_record(0, 0))
-        self.rebased_for = 0  # the cut (counted from 1) that bases were last chosen for
-
-    def rebase_due(self, epoch: int) -> bool:
-        """Whether bases have to be chosen anew before `epoch` trains; ask after `cut`."""
-        if self.settings.rebase == "never" or self.stopped or self.scheduled >= self.settings.rounds:
-            return False
-        if self.rebased_for > self.scheduled or (self.settings.rebase == "warmup" and not self.warming_up):
-            return False
-        return epoch >= self.next_cut - 1
-
-    def rebase(
-        self,
-        batches: Iterable[Any],
-        *,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        optimizers: Iterable[Optimizer] = (),
-    ) -> None:
-        """Choose the bases anew by what the network does on some batches; its function and its ranks stay.
-
-        Args:
-            batches: As in `collect_gradient_moments`; labels are of use for the KFAC metric only. None are read for the
-                Euclidean one.
-            loss: See `collect_gradient_moments`.
-            generator: See there.
-            optimizers: Optimizers to keep in step.
-
-        Raises:
-            ValueError: If there is no batch, or one does not fit.
-        """
-        if self.settings.metric == "euclidean":
-            return self.change_bases({}, {}, optimizers=optimizers)
-        collector = MetricCollector(self.pairs, self.settings.metric, loss=loss, generator=generator)
-        batch = None
-        with collector.collecting(self.network) as take:
-            for batch in batches:
-                inputs, labels = inputs_and_labels(batch)
-                take(self.network(*as_inputs(inputs)), labels)
-        if batch is None:
-            raise ValueError("`batches` is empty: choosing bases needs at least one batch of calibration data.")
-        self.change_bases(*collector.compute(), optimizers=optimizers)
-
-    def change_bases(
-        self,
-        moments: Mapping[str, LayerMoment],
-        gradients: Mapping[str, LayerMoment],
-        *,
-        optimizers: Iterable[Optimizer] = (),
-    ) -> None:
-        """Choose the bases anew by moments that somebody has collected; see `rebase`.
-
-        Args:
-            moments: Output moments of `pairs`, by the same names.
-            gradients: Their gradient moments, for the KFAC metric.
-            optimizers: Optimizers to keep in step.
-        """
-        settings = self.settings
-        rebase(
-            self.pairs,
-            moments,
-            metric=settings.metric,
-            gradients=gradients,
-            centred=settings.centred,
-            shrinkage=settings.shrinkage,
-            optimizers=optimizers,
-        )
-        self.stage.bases_changed()
-        self.rebased_for = self.scheduled + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors for a checkpoint."""
-        return {**super().state_dict(), "rebased_for": self.rebased_for}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the model must have the structure of then."""
-        super().load_state_dict(state)
-        self.rebased_for = int(state.get("rebased_for", 0))  # older files have none
 
     def new_stage(self, network: nn.Module, settings: PruningSettings) -> BasisStage:
         """Make what scores and removes the bases."""
@@ -334,19 +222,14 @@ class IterativePruner(RoundPruner):
         return cost
 
     @property
-    def pairs(self) -> dict[str, Any]:
-        """The decomposed layers by name."""
-        return self.stage.pairs
-
-    @property
     def scores(self) -> ScoreAccumulator:
         """Scores since the last cut."""
-        return self.stage.scores
+        return self.basis.scores
 
     @property
     def statistics(self) -> FeatureStatistics:
         """Feature statistics since the last cut."""
-        return self.stage.statistics
+        return self.basis.statistics
 
 
 def _with_times_of(before: ModelCost, cost: ModelCost) -> ModelCost:

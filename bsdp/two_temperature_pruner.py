@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -164,7 +164,10 @@ class TwoTemperaturePruner(IterativePruner):
         pattern: A structure to cut to, in place of a search.
     """
 
-    stage: TwoTemperatureStage
+    @property
+    def basis(self) -> TwoTemperatureStage:
+        """What searches the ranks, and cuts to them."""
+        return cast(TwoTemperatureStage, self.stages["basis"])
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ class TwoTemperaturePruner(IterativePruner):
             epoch: The epoch that trains.
             scale: What the loss is multiplied with, under mixed precision.
         """
-        gates = self.stage.start(self.cost)
+        gates = self.basis.start(self.cost)
         if gates.budget is not None:
             # Half of the search leads to the target, so that the network is never left with next to nothing at once.
             progress = (epoch - self.first_search_epoch + 1) / self.settings.search_epochs
@@ -231,7 +234,7 @@ class TwoTemperaturePruner(IterativePruner):
         super().load_state_dict(state)
         gates = state["stages"]["basis"].get("gates")
         if gates is not None and self.warming_up:
-            self.stage.start(self.cost).load_state_dict(gates)
+            self.basis.start(self.cost).load_state_dict(gates)
 
 
 _ALL = 1.0 - 1e-9  # one cut takes it all

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bsdp._checks import check_choice
 from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import all_agree
 from bsdp.importance import DATA_FREE
-from bsdp.pruner import PruningSettings
+from bsdp.rebasing import REBASE_TIMES
 
 LEAST_WARMUP = 2  # an epoch that trains the head, and one that scores the new bases
 
@@ -24,7 +25,7 @@ def rebase_settings(
     """The settings of a pruner to begin with, before the run shows whether the KFAC metric can be taken.
 
     Args:
-        rebase: ``auto``, or one of `bsdp.pruner.REBASE_TIMES`.
+        rebase: ``auto``, or one of `bsdp.rebasing.REBASE_TIMES`.
         metric: None for the default.
         warmup_epochs: Epochs before the first cut.
         importance: Score of the bases.
@@ -32,6 +33,7 @@ def rebase_settings(
     Returns:
         `rebase` and `metric` for `PruningSettings`.
     """
+    check_choice("rebase", rebase, ("auto", *REBASE_TIMES))
     if rebase != "auto":
         return {"rebase": rebase, "metric": metric or "activation"}
     if metric is not None:
@@ -40,20 +42,20 @@ def rebase_settings(
     return {"rebase": "never", "metric": "activation"} if hopeless else {"rebase": "warmup", "metric": "kfac"}
 
 
-def why_not_kfac(trainer: Trainer, pl_module: LightningModule, settings: PruningSettings) -> str | None:
+def why_not_kfac(trainer: Trainer, pl_module: LightningModule, settings: Any) -> str | None:
     """Why the bases of this run cannot, or should not, be chosen by the KFAC metric; the same in all processes.
 
     Args:
         trainer: The trainer, in `fit`, before the first step.
         pl_module: Its module.
-        settings: Of the run.
+        settings: Of the run, for example `PruningSettings`.
 
     Returns:
         Half a sentence; None if they can.
     """
     if settings.warmup_epochs < LEAST_WARMUP:
         return f"that needs `warmup_epochs` of at least {LEAST_WARMUP}, not {settings.warmup_epochs}"
-    if not settings.needs_scores:
+    if settings.importance in DATA_FREE:
         return f"`importance: {settings.importance}` ranks bases without scores of the loss"
     loader = trainer.train_dataloader
     if loader is None or isinstance(loader, (list, tuple, dict)):

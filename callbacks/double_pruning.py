@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bsdp._checks import check_at_least, check_whole
+from bsdp.callbacks._basis_rounds import BasisRoundPruning
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, call_network, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
-from bsdp.callbacks._round_pruning import RoundPruning
+from bsdp.callbacks._rebase_choice import rebase_settings
 from bsdp.callbacks._trainer_checks import check_scales, refuse_frozen_scales
 from bsdp.cost import ModelCost
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings, Outputs
@@ -25,7 +26,7 @@ from bsdp.probing import evaluating, first_tensor
 from bsdp.round_settings import ANY_ROUNDS
 
 
-class DoublePruning(RoundPruning):
+class DoublePruning(BasisRoundPruning):
     """Prune bases and channels of a decomposed module while it trains, to one budget and within one tolerance.
 
     Goes with `BasisDecomposition`, as `IterativeBasisPruning` does, and works like it but that every round cuts bases
@@ -68,6 +69,17 @@ class DoublePruning(RoundPruning):
         distillation_temperature: Temperature of the class probabilities that are compared.
         distillation_module: Dotted name of the module that returns the class scores ``[batch, classes]``. Default: the
             one child of the module with parameters, else the module itself.
+        rebase: When bases are chosen anew, keeping ranks and function: ``never``, ``warmup`` (at the start of the last
+            warm-up epoch, when head and batch norms were trained) or ``every_round`` (at the start of the last epoch
+            before every cut, for a cut of channels puts other bases in their place). ``auto``: ``warmup`` by the metric
+            ``kfac`` where the run allows it, see `IterativeBasisPruning`.
+        metric: By what they are chosen then: ``euclidean``, ``activation`` (what bases contribute to the layers'
+            outputs on training batches) or ``kfac`` (what errors there do to the loss; needs two warm-up epochs).
+            Default: ``kfac`` with ``rebase: auto``, else ``activation``.
+        centred: Order bases by the variance of what they put out instead of its power; goes with `mean_to_bias`.
+        shrinkage: How much of white inputs is mixed into what is measured, in [0, 1]. null: as much as the spread
+            between the examples suggests.
+        calibration_batches: Training batches that `rebase` reads each time.
         mean_to_bias: Move the mean output of removed bases, and the mean of removed channels, into biases.
         min_rank: Rank that every layer keeps at least.
         max_layer_ratio: Largest share of a layer's rank that one round may remove.
@@ -115,6 +127,11 @@ class DoublePruning(RoundPruning):
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
+        rebase: Literal["auto", "never", "warmup", "every_round"] = "never",
+        metric: Literal["euclidean", "activation", "kfac"] | None = None,
+        centred: bool = False,
+        shrinkage: float | None = None,
+        calibration_batches: int = 16,
         mean_to_bias: bool = True,
         min_rank: int = 1,
         max_layer_ratio: float = 0.95,
@@ -155,12 +172,18 @@ class DoublePruning(RoundPruning):
             importance=importance,
             score_momentum=score_momentum,
             ranking=ranking,
+            **rebase_settings(rebase, metric, warmup_epochs=warmup_epochs, importance=importance),
+            centred=centred,
+            shrinkage=shrinkage,
             mean_to_bias=mean_to_bias,
             min_rank=min_rank,
             max_layer_ratio=max_layer_ratio,
         )
         super().__init__(
             settings,
+            rebase=rebase,
+            metric=metric,
+            calibration_batches=calibration_batches,
             rounds=rounds,
             monitor=monitor,
             restore_best=restore_best,

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
-from bsdp._checks import check_at_least, check_choice, check_whole
-from bsdp.callbacks._calibration import Moments, module_moments
+from bsdp._checks import check_at_least, check_whole
+from bsdp.callbacks._basis_rounds import BasisRoundPruning
 from bsdp.callbacks._latency import table_for_run
-from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings, why_not_kfac
-from bsdp.callbacks._round_pruning import RoundPruning
+from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
 from bsdp.importance import Importance
 from bsdp.latency import LatencyTable
 from bsdp.layers import named_pairs
-from bsdp.pruner import REBASE_TIMES, IterativePruner, PruningSettings, largest_removable_share
-from bsdp.round_settings import ANY_ROUNDS, RoundSettings
+from bsdp.pruner import IterativePruner, PruningSettings, largest_removable_share
+from bsdp.round_settings import ANY_ROUNDS
 from bsdp.selection import least_rank
 
 
-class IterativeBasisPruning(RoundPruning):
+class IterativeBasisPruning(BasisRoundPruning):
     """Prune a decomposed module (see `BasisDecomposition`) while it trains, down to a budget or a tolerance.
 
     Scores of the scaling factors are accumulated once per optimizer step. At the start of an epoch the weakest bases of
@@ -156,11 +153,7 @@ class IterativeBasisPruning(RoundPruning):
     ) -> None:
         if rounds is not None:
             check_at_least("rounds", rounds, 1)
-        check_whole("calibration_batches", calibration_batches, 1)
-        self.calibration_batches = calibration_batches
         check_whole("curvature_batches", curvature_batches, 1)
-        check_choice("rebase", rebase, ("auto", *REBASE_TIMES))
-        self.chooses_itself = rebase == "auto" and metric is None
         settings = PruningSettings(
             target=target,
             target_kind=target_kind,
@@ -189,13 +182,15 @@ class IterativeBasisPruning(RoundPruning):
         )
         super().__init__(
             settings,
+            rebase=rebase,
+            metric=metric,
+            calibration_batches=calibration_batches,
             rounds=rounds,
             monitor=monitor,
             restore_best=restore_best,
             save_pruned=save_pruned,
             recalibration_batches=recalibration_batches,
         )
-        self._bases: dict[str, Any] = {}  # settings that a run found instead of those hoped for
         self.new_bias = mean_to_bias
         self.curvature_batches = curvature_batches
         check_whole("latency_batch_size", latency_batch_size, 1)
@@ -207,7 +202,7 @@ class IterativeBasisPruning(RoundPruning):
         """Refuse what cannot work, before anything runs."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.table, self._bases = None, {}
+            self.table = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a latency table that cannot be read, unless the run goes on with that of its checkpoint."""
@@ -247,44 +242,6 @@ class IterativeBasisPruning(RoundPruning):
         """Refuse scaling factors that do not train."""
         if self._pruner().needs_gradients:
             check_scales(trainer.optimizers, named_pairs(self._pruner().network))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in `RoundPruning`; before that, find out what ``rebase: auto`` means for this run."""
-        if self.chooses_itself:
-            self._choose_rebase(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
-
-    def _choose_rebase(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reason = why_not_kfac(trainer, pl_module, self.settings)
-        if reason is None:
-            return
-        self._bases = {"rebase": "never", "metric": "activation", "centred": False, "shrinkage": None}
-        if trainer.global_step == 0:
-            rank_zero_info(f"bsdp: bases are not chosen by the loss (`rebase: auto`): {reason}")
-
-    def schedule(self, trainer: Trainer, *, rounds: int | None, first_epoch: int) -> RoundSettings:
-        """As in `RoundPruning`, with what ``rebase: auto`` means for this run."""
-        return replace(super().schedule(trainer, rounds=rounds, first_epoch=first_epoch), **self._bases)
-
-    def own_passes(self) -> list[str]:
-        """As in `RoundPruning`; bases are chosen anew by what comes out of the layers, too."""
-        by_outputs = self.settings.rebase != "never" and self.settings.metric != "euclidean"
-        rebases = by_outputs and not self.chooses_itself  # which has tried it already
-        return super().own_passes() + ([f"metric: {self.settings.metric}"] if rebases else [])
-
-    def prepare_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose bases anew before the epoch that scores them."""
-        pruner = self._pruner()
-        assert isinstance(pruner, IterativePruner)
-        if not pruner.rebase_due(trainer.current_epoch):
-            return
-        moments: tuple[Moments, Moments] = ({}, {})
-        if self.settings.metric != "euclidean":
-            moments = module_moments(
-                trainer, pl_module, pruner.pairs, metric=self.settings.metric, batches=self.calibration_batches
-            )
-        pruner.change_bases(*moments, optimizers=trainer.optimizers)
-        rank_zero_info(f"bsdp: epoch {trainer.current_epoch}: bases chosen anew, metric {self.settings.metric}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, the latency table included."""

@@ -163,7 +163,7 @@ class TwoTemperaturePruning(RoundPruning):
             self.settings = replace(self.settings, target=share)
         options: dict[str, Any] = {"network": network, "monitor": self.monitor, "pattern": self._pattern}
         pruner = TwoTemperaturePruner(pl_module, self.settings, cost, **options)
-        pruner.stage.average = lambda tensor: mean_over_processes(pl_module.trainer, tensor)
+        pruner.basis.average = lambda tensor: mean_over_processes(pl_module.trainer, tensor)
         return pruner
 
     def _check_pattern(self, pattern: RankPattern, pl_module: LightningModule, cost: ModelCost, network: str) -> None:
@@ -205,7 +205,7 @@ class TwoTemperaturePruning(RoundPruning):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the gates, too."""
         super().on_train_epoch_end(trainer, pl_module)
-        gates = None if trainer.fast_dev_run else self._searcher().stage.gates  # type: ignore[attr-defined]
+        gates = None if trainer.fast_dev_run else self._searcher().basis.gates  # type: ignore[attr-defined]
         if gates is not None and not getattr(trainer, "barebones", False):
             values = {"gates_open": gates.open_share(), "gates_cost": gates.cost_share(), "penalty": gates.penalty}
             logged = {f"bsdp/{key}": value for key, value in values.items()}
@@ -213,7 +213,7 @@ class TwoTemperaturePruning(RoundPruning):
 
     def prepare_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what the gates found."""
-        gates = self._searcher().stage.gates
+        gates = self._searcher().basis.gates
         if gates is None:
             return
         left = 1.0 - self.settings.target

@@ -1,8 +1,9 @@
-"""`IterativePruner`: when bases are chosen anew, and what follows from it."""
+"""Pruners of bases: when bases are chosen anew, and what follows from it."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 import bsdp
+from bsdp.double_pruner import DoublePruner, DoublePruningSettings
 from bsdp.pruner import IterativePruner, PruningSettings
+from bsdp.rebasing import BasisRoundPruner
 from tests.helpers.compare import relative_error
 from tests.helpers.nets import ConvNet
 
@@ -25,7 +28,18 @@ def make(**options: Any) -> tuple[nn.Module, IterativePruner]:
     return model, IterativePruner(model, settings, bsdp.measure_cost(model))
 
 
-def step(model: nn.Module, pruner: IterativePruner, optimizer: torch.optim.Optimizer) -> None:
+def make_double(**options: Any) -> tuple[nn.Module, BasisRoundPruner]:
+    torch.manual_seed(0)
+    model = ConvNet().eval()
+    bsdp.decompose(model)
+    given = {"target": 0.4, "rounds": 3, "tolerance": None, "warmup_epochs": 2, "split": 0.5, "order": "alternate"}
+    return model, DoublePruner(model, DoublePruningSettings(**{**given, **options}), IMAGES[:1])
+
+
+KINDS = pytest.mark.parametrize("make", [make, make_double], ids=["bases", "both"])
+
+
+def step(model: nn.Module, pruner: BasisRoundPruner, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(model(IMAGES), torch.arange(16) % 4).backward()
     pruner.update()
@@ -42,8 +56,11 @@ SCHEDULES = [
 ]
 
 
+@KINDS
 @pytest.mark.parametrize(("options", "expected"), SCHEDULES)
-def test_bases_are_chosen_before_the_epoch_that_scores_them(options: dict[str, Any], expected: list[int]) -> None:
+def test_bases_are_chosen_before_the_epoch_that_scores_them(
+    make: Callable[..., Any], options: dict[str, Any], expected: list[int]
+) -> None:
     model, pruner = make(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     seen = []
@@ -57,29 +74,32 @@ def test_bases_are_chosen_before_the_epoch_that_scores_them(options: dict[str, A
             assert not pruner.rebase_due(epoch)
             seen.append(epoch)
         pruner.start_epoch()
-        step(model, pruner, optimizer)
+        with pruner.collecting():
+            step(model, pruner, optimizer)
     assert seen == expected
     assert len(pruner.record.rounds) == 4
 
 
+@KINDS
 @pytest.mark.parametrize("metric", ["euclidean", "activation", "kfac"])
-def test_scores_and_momentum_of_the_old_bases_are_gone(metric: str) -> None:
+def test_scores_and_momentum_of_the_old_bases_are_gone(make: Callable[..., Any], metric: str) -> None:
     model, pruner = make(rebase="warmup", metric=metric)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     with pruner.collecting():
         step(model, pruner, optimizer)
-    assert pruner.statistics.means()
+    assert pruner.basis.statistics.means()
     batches = [] if metric == "euclidean" else [(IMAGES, torch.arange(16) % 4)]
     pruner.rebase(batches, optimizers=[optimizer])
-    assert not pruner.statistics.means()
+    assert not pruner.basis.statistics.means()
     with pytest.raises(bsdp.importance.NoScoresError):
-        pruner.scores.compute()
+        pruner.basis.scores.compute()
     assert model.conv1.scaling.delta not in optimizer.state
     assert model.head.weight in optimizer.state
     assert model.conv1.scaling.delta.eq(0).all()
 
 
-def test_state_remembers_that_bases_were_chosen() -> None:
+@KINDS
+def test_state_remembers_that_bases_were_chosen(make: Callable[..., Any]) -> None:
     model, pruner = make(rebase="warmup")
     pruner.rebase([IMAGES])
     twin, other = make(rebase="warmup")
@@ -92,7 +112,8 @@ def test_state_remembers_that_bases_were_chosen() -> None:
     assert other.rebase_due(1)
 
 
-def test_what_cannot_work_is_refused() -> None:
+@KINDS
+def test_what_cannot_work_is_refused(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="`metric='kfac'` needs `warmup_epochs` of at least 2, got 1"):
         make(rebase="warmup", metric="kfac", warmup_epochs=1)
     with pytest.raises(ValueError, match="`rebase` must be one of 'never', 'warmup', 'every_round'"):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from bsdp.callbacks import BasisDecomposition, DoublePruning, IterativeBasisPruning
 from tests.helpers.compare import relative_error
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
@@ -102,6 +102,19 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
         assert rest.keys() == whole.keys()
         for key, value in whole.items():
             assert torch.equal(rest[key], value), (epoch, key)
+
+
+def test_double_pruning_chooses_bases_anew_too(tmp_path: Path) -> None:
+    before, after = Before(), After()
+    settings: dict[str, Any] = {"target": 0.4, "rounds": 2, "warmup_epochs": 2, "tolerance": None, "split": 0.5}
+    prune = DoublePruning(**settings, calibration_batches=2, rebase="auto", save_pruned=False)
+    trainer = make_trainer(tmp_path, [before, BasisDecomposition(), prune, after], max_epochs=4)
+    trainer.fit(Momentum(), datamodule=Stripes())
+    assert relative_error(before.seen[1][0], after.seen[1][0]) < 1e-5
+    assert torch.equal(before.seen[0][1], after.seen[0][1]) and not torch.equal(before.seen[1][1], after.seen[1][1])
+    assert after.momentum[:2] == [False, False]
+    with pytest.raises(ValueError, match=r"`rebase` must be one of 'auto', 'never'"):
+        DoublePruning(rebase="once")  # type: ignore[arg-type]
 
 
 def test_fast_dev_run_changes_no_basis(tmp_path: Path) -> None:

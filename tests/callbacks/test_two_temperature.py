@@ -153,7 +153,7 @@ class AtCut(Callback):
         self.callback, self.closed = callback, closed
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gates = self.callback._searcher().stage.gates
+        gates = self.callback._searcher().basis.gates
         if trainer.current_epoch == 2 and gates is not None:
             self.closed.append(float((gates.theta > 0).float().mean()))
 
