@@ -38,11 +38,12 @@ class GradientMoments(LayerMoments):
             return output.clone()  # what follows may work in place
 
         def take(loss: Tensor) -> None:
-            gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
-            for (module, _), gradient in zip(outputs, gradients, strict=True):
+            noted = list(outputs)
+            gradients = torch.autograd.grad(loss, [output for _, output in noted], allow_unused=True)
+            for (module, _), gradient in zip(noted, gradients, strict=True):
                 if gradient is not None:
                     self.add(module, as_columns(module, gradient))
-            outputs.clear()
+            outputs.clear()  # those of layers that the backward pass computed once more, too
 
         handles = [layer.register_forward_hook(note) for layer in self.layers.values()]
         try:

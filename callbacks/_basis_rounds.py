@@ -44,16 +44,16 @@ class BasisRoundPruning(RoundPruning):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in `RoundPruning`; before that, find out what ``rebase: auto`` means for this run."""
-        if self.chooses_itself:
+        if self.chooses_itself and self._loaded is not None:  # a resumed run goes on as it began
+            self._bases = self._loaded.get("bases", _NEVER)  # older files have none
+        elif self.chooses_itself:
             self._choose(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reason = why_not_kfac(trainer, pl_module, self.settings)
-        if reason is None:
-            return
-        self._bases = {"rebase": "never", "metric": "activation", "centred": False, "shrinkage": None}
-        if trainer.global_step == 0:
+        if reason is not None:
+            self._bases = _NEVER
             rank_zero_info(f"bsdp: bases are not chosen by the loss (`rebase: auto`): {reason}")
 
     def schedule(self, trainer: Trainer, *, rounds: int | None, first_epoch: int) -> RoundSettings:
@@ -75,6 +75,19 @@ class BasisRoundPruning(RoundPruning):
         metric = pruner.settings.metric
         moments: tuple[Moments, Moments] = ({}, {})
         if metric != "euclidean":
-            moments = module_moments(trainer, pl_module, pruner.pairs, metric=metric, batches=self.calibration_batches)
+            options = {"metric": metric, "batches": self.calibration_batches, "optional": self.chooses_itself}
+            moments = module_moments(trainer, pl_module, pruner.pairs, **options)
         pruner.change_bases(*moments, optimizers=trainer.optimizers)
-        rank_zero_info(f"bsdp: epoch {trainer.current_epoch}: bases chosen anew, metric {metric}")
+        found = moments[1] if metric == "kfac" else moments[0] if metric == "activation" else pruner.pairs
+        rank_zero_info(
+            f"bsdp: epoch {trainer.current_epoch}: bases of {len(found)} of {len(pruner.pairs)} layers chosen anew, "
+            f"metric {metric}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, with what ``rebase: auto`` means for it."""
+        state = super().state_dict()
+        return state | {"bases": self._bases} if state and self.chooses_itself else state
+
+
+_NEVER = {"rebase": "never", "metric": "activation", "centred": False, "shrinkage": None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -113,11 +113,25 @@ class OwnPasses:
         with random_state_kept(), own_steps(self.trainer, self.module, limit, seed=0, changing=changing) as steps:
             yield steps
 
+    def look_at_first(self, look: Callable[[Any, Any], str | None]) -> str | None:
+        """Run `training_step` on the first batch, for a look at what it returns and what the network puts out.
+
+        Args:
+            look: Takes both, while their graph is there.
+
+        Returns:
+            What `look` returns; a note if there is no batch.
+        """
+        with evaluating(self.module), self._steps(1, ()) as steps:
+            for step in steps:
+                return look(*self._step(step))
+        return "there is no training batch"
+
     def _try_step(self, step: OwnStep) -> tuple[bool, Any]:
         """Whether the step can be run, and what the network puts out in it."""
         # It may need what is not there, training mode or a state of its own, and raise whatever it likes.
         try:
-            output = self._step(step)
+            _, output = self._step(step)
             if self.outputs:
                 check_logits(output)
         except Exception as error:
@@ -129,25 +143,25 @@ class OwnPasses:
         if not self.stepping:
             return self._forward(step.batch)
         try:
-            output = self._step(step)
+            _, output = self._step(step)
         except Exception:  # a batch that is unlike the first one
             return self._forward(step.batch)
         return self._forward(step.batch) if output is None and self.outputs else output
 
-    def _step(self, step: OwnStep) -> Any:
-        """What the module puts out in its step; its one network, where it does not call itself."""
-        name, own, inner = only_network(self.module), deque[Any](maxlen=1), deque[Any](maxlen=1)
+    def _step(self, step: OwnStep) -> tuple[Any, Any]:
+        """What the step returns, and what the module puts out in it; its one network, where it does not call itself."""
+        name, own, inner = only_network(self.module), list[Any](), list[Any]()
         handles = [self.module.register_forward_hook(lambda _module, _inputs, output: own.append(output))]
         if name:
             part = self.module.get_submodule(name)
             handles.append(part.register_forward_hook(lambda _module, _inputs, output: inner.append(output)))
         try:
             with torch.enable_grad():  # a step may take gradients of its own
-                step()
+                result = step()
         finally:
             for handle in handles:
                 handle.remove()
-        return next(iter([*own, *inner]), None)
+        return result, _learnt_from(own or inner)
 
     def _forward(self, batch: Any) -> Any:
         tensor = first_tensor(batch)
@@ -162,6 +176,14 @@ class OwnPasses:
                 f"`{self.setting}` needs to run the module on training batches, but `training_step` cannot be run "
                 f"alone, and `forward` failed on the first tensor of a batch ({type(error).__name__}: {error})."
             ) from error
+
+
+def _learnt_from(outputs: list[Any]) -> Any:
+    """The last of a network's outputs that a loss can have a gradient for; else the last one."""
+    with_graph = (
+        o for o in reversed(outputs) if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(o))
+    )
+    return next(with_graph, outputs[-1] if outputs else None)
 
 
 @contextmanager
@@ -229,17 +251,18 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def _generators_kept(loader: Any) -> Iterator[None]:
-    """Give a loader's own random generators (of several loaders, those of the first) their states back."""
+    """Give the random generators of a loader, its samplers and its data (of several, the first) their states back."""
     loader = next(iter(tree_leaves(loader)), None)
-    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    holders.append(getattr(holders[-1], "sampler", None))
-    found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
-    kept = [(generator, generator.get_state()) for generator in found.values()]
+    holders = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    holders += [loader, getattr(holders[1], "sampler", None)]
+    values = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+    found = {id(value): value for value in values if isinstance(value, _GENERATORS)}
+    kept = [(generator, _state_of(generator)) for generator in found.values()]
     try:
         yield
     finally:
         for generator, state in kept:
-            generator.set_state(state)
+            _set_state(generator, state)
 
 
 @contextmanager
@@ -284,8 +307,8 @@ def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> 
     ]
     # Steps may change weights, as an average of others does; what they leave alone is not written.
     weights = [(weight, weight._version, weight.detach().to("cpu", copy=True)) for weight in pl_module.parameters()]
-    attributes = {key: value for key, value in vars(pl_module).items() if key not in _INTERNAL}
-    contents = _contents(attributes)
+    kept = [(module, _own_attributes(module)) for module in pl_module.modules() if module not in free]
+    contents = _contents([value for _, attributes in kept for value in attributes.values()])
     try:
         yield
     finally:
@@ -296,16 +319,22 @@ def _state_kept(pl_module: LightningModule, changing: Collection[nn.Module]) -> 
             for weight, version, value in weights:
                 if weight._version != version:
                     weight.copy_(value)
-        for key in [key for key in vars(pl_module) if key not in _INTERNAL and key not in attributes]:
-            del pl_module.__dict__[key]
-        pl_module.__dict__.update(attributes)
+        for module, attributes in kept:
+            for key in _own_attributes(module).keys() - attributes.keys():
+                del module.__dict__[key]
+            module.__dict__.update(attributes)
         _restore(contents)
 
 
-def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """All plain containers in some attributes, those in others too, and arrays, each with a copy of what it holds."""
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps beside what Lightning and torch keep in every one."""
+    return {key: value for key, value in vars(module).items() if key not in _INTERNAL}
+
+
+def _contents(values: list[Any]) -> list[tuple[Any, Any]]:
+    """All plain containers among some values, those in others too, arrays and generators, each with what it holds."""
     found: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = list(attributes.values())
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         if id(value) in found:
@@ -314,6 +343,8 @@ def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
             found[id(value)] = (value, value.detach().clone())
         elif isinstance(value, np.ndarray):
             found[id(value)] = (value, value.copy())
+        elif isinstance(value, _GENERATORS):
+            found[id(value)] = (value, _state_of(value))
         elif type(value) in _CONTAINERS:
             found[id(value)] = (value, copy.copy(value))
             waiting.extend(value.values() if isinstance(value, dict) else value)
@@ -327,6 +358,8 @@ def _restore(contents: list[tuple[Any, Any]]) -> None:
                 value.copy_(content)
         elif isinstance(value, np.ndarray):
             value[...] = content
+        elif isinstance(value, _GENERATORS):
+            _set_state(value, content)
         elif not _unchanged(value, content):
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(content)
@@ -343,4 +376,21 @@ def _unchanged(value: Any, content: Any) -> bool:
     return all(new is old for new, old in zip(value, content, strict=True))
 
 
-_CONTAINERS = (list, deque, dict, defaultdict, OrderedDict, set)
+def _state_of(generator: Any) -> Any:
+    """The state of a generator of random numbers, whoever made it."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+_CONTAINERS = (list, deque, dict, defaultdict, OrderedDict, Counter, set)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from bsdp.callbacks._rebase_choice import why_no_class_scores
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
 
@@ -46,9 +49,9 @@ class Loose(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch["one"] if isinstance(batch, dict) else batch
-        if labels.is_floating_point() and labels.shape[1:] == (4,):
+        if labels.is_floating_point() and float(labels[0].sum()) > 1.5:
             return F.mse_loss(self(images), labels)
-        return F.cross_entropy(self(images), labels.long().flatten())
+        return F.cross_entropy(self(images), labels)
 
 
 class OneScore(Classifier):
@@ -70,14 +73,61 @@ def several_labels(images: Tensor, labels: Tensor) -> Any:
     return images, F.one_hot(labels, 4).float() + F.one_hot((labels + 1) % 4, 4).float()
 
 
-def numbers_of_something_else(images: Tensor, labels: Tensor) -> Any:
-    return images, labels.float()
+class Stream(IterableDataset[Any]):
+    """One source that goes on where the last reader left it."""
+
+    def __init__(self, examples: Any) -> None:
+        self.source = iter([examples[i] for i in range(96)] * 3)
+
+    def __iter__(self) -> Any:
+        return self.source
+
+
+class Streamed(Stripes):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Stream(self.examples), 32)
+
+
+class Counting(Stripes):
+    """A loader that can be resumed, as torchdata's."""
+
+    def train_dataloader(self) -> Any:
+        loader: Any = super().train_dataloader()
+        loader.state_dict = dict
+        return loader
+
+
+class Manual(Loose):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Values(Classifier):
+    """The labels say which output is to be predicted, as actions do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).gather(1, batch[1][:, None]).sub(1.0).square().mean()
+
+
+class Unlike(Classifier):
+    """Later, in passes beside the training, there is nothing to draw labels from."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        beside = "log" in vars(self)
+        return super().forward(images) * (torch.nan if beside and self.trainer.current_epoch == 1 else 1.0)
 
 
 def fit(folder: Path, module: Classifier, data: LightningDataModule, **options: Any) -> IterativeBasisPruning:
     settings = {"target": 0.4, "rounds": 1, "tolerance": None, "save_pruned": False, "calibration_batches": 2}
     prune = IterativeBasisPruning(**{**settings, **options})
-    limits = {"limit_train_batches": 3} if isinstance(data, Once) else {}
+    limits = {"limit_train_batches": 3} if isinstance(data, (Once, Streamed)) else {}
     make_trainer(folder, [BasisDecomposition(), prune], max_epochs=3, **limits).fit(module, datamodule=data)
     return prune
 
@@ -105,13 +155,27 @@ def test_classes_get_bases_by_kfac(tmp_path: Path, data: LightningDataModule) ->
     [
         (Stripes(), Loose, {"warmup_epochs": 1}, "`warmup_epochs` of at least 2, not 1"),
         (Stripes(), Loose, {"importance": "magnitude"}, "`importance: magnitude` ranks bases without"),
-        (Collated(several_labels), Loose, {}, "holds the classes"),
-        (Collated(numbers_of_something_else), Loose, {}, "holds the classes"),
+        (Collated(several_labels), Loose, {}, "does not take what the network puts out for scores"),
+        (Stripes(), Values, {}, "does not take what the network puts out for scores"),
         (Several(), Loose, {}, "needs one training loader"),
-        (Once(), Loose, {}, "can be read only once"),
+        (Once(), Loose, {}, "may lose batches of a stream"),
+        (Streamed(), Loose, {}, "may lose batches of a stream"),
+        (Counting(), Loose, {}, "counts what was read"),
         (Stripes(), OneScore, {}, "two classes or more"),
+        (Stripes(), Manual, {}, "in manual optimization"),
     ],
-    ids=["short", "no scores", "several labels", "numbers", "several loaders", "once", "one score"],
+    ids=[
+        "short",
+        "no scores",
+        "targets",
+        "values",
+        "several loaders",
+        "once",
+        "stream",
+        "counts",
+        "one score",
+        "manual",
+    ],
 )
 def test_others_keep_theirs_and_hear_why(
     tmp_path: Path,
@@ -128,14 +192,15 @@ def test_others_keep_theirs_and_hear_why(
     assert len(words) == 1 and reason in words[0], words
 
 
-def test_a_loader_that_is_read_once_loses_no_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [Once, Streamed])
+def test_a_loader_that_is_read_once_loses_no_batch(tmp_path: Path, data: type[Stripes]) -> None:
     seen: list[int] = []
 
     class Watching(Loose):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             seen.append(batch_idx)
 
-    fit(tmp_path, Watching(), Once())
+    fit(tmp_path, Watching(), data())
     assert len(seen) == 9
 
 
@@ -145,6 +210,104 @@ def test_the_second_fit_asks_again(tmp_path: Path) -> None:
     for data, expected in ((Collated(several_labels), False), (Stripes(), True)):
         make_trainer(tmp_path, [BasisDecomposition(), prune], max_epochs=3).fit(Loose(), datamodule=data)
         assert was_rebased(prune) is expected
+
+
+def logs(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+def test_a_pass_that_fails_later_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        prune = fit(tmp_path, Unlike(), Stripes())
+    assert "bases stay as they are, for they could not be measured (RuntimeError: " in logs(caplog)
+    assert "bases of 0 of 2 layers chosen anew" in logs(caplog)
+    assert len(prune.record.rounds) == 2
+
+
+class Thrifty(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = checkpoint(self[0], images, use_reentrant=False)  # type: ignore[no-untyped-call]
+        for layer in list(self)[1:]:
+            features = layer(features)
+        return features
+
+
+class Checkpointed(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Thrifty(*self.network)
+
+
+class Twice(Classifier):
+    """A second pass, without gradients, for the accuracy."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            self(batch[0]).argmax(1)
+        return loss
+
+
+class Logs(Classifier):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).log_softmax(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("module", [Checkpointed, Twice, Logs])
+def test_other_ways_to_train_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, module: type[Classifier]
+) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, module(), Stripes())
+    assert "bases of 2 of 2 layers chosen anew, metric kfac" in logs(caplog)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_goes_on_as_it_began(tmp_path: Path) -> None:
+    """The module says something else by then."""
+    settings: dict[str, Any] = {"target": 0.4, "rounds": 1, "tolerance": None, "save_pruned": False}
+    for first, second, expected in ((Values, Loose, False), (Loose, Values, True)):
+        begun, folder = IterativeBasisPruning(**settings), tmp_path / first.__name__
+        keeper = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+        trainer = make_trainer(tmp_path, [BasisDecomposition(), begun, keeper], max_epochs=3, enable_checkpointing=True)
+        trainer.fit(first(), datamodule=Stripes())
+        assert was_rebased(begun) is expected
+        resumed = IterativeBasisPruning(**settings)
+        trainer = make_trainer(tmp_path, [BasisDecomposition(), resumed], max_epochs=3)
+        trainer.fit(second(), datamodule=Stripes(), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+        assert was_rebased(resumed) is expected
+
+
+LABELS = torch.arange(16) % 4
+OTHERS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "are"),
+    [
+        (lambda z: F.cross_entropy(z, LABELS), True),
+        (lambda z: F.cross_entropy(z, LABELS, weight=torch.tensor([1.0, 5, 2, 1]), label_smoothing=0.1), True),
+        (lambda z: F.cross_entropy(30 * z, OTHERS.softmax(1)), True),
+        (lambda z: 0.7 * F.cross_entropy(z, LABELS) + 0.3 * F.cross_entropy(z, LABELS.flip(0)), True),
+        (lambda z: F.multi_margin_loss(z, LABELS), True),
+        (lambda z: {"loss": F.cross_entropy(z, LABELS)}, True),
+        (lambda z: F.mse_loss(z, OTHERS), False),
+        (lambda z: F.binary_cross_entropy_with_logits(z, F.one_hot(LABELS, 4).float()), False),
+        (lambda z: F.cross_entropy(F.normalize(z) @ F.normalize(OTHERS).T, torch.arange(16)), False),
+        (lambda z: z.detach().sum(), False),
+        (lambda z: z.sum() * torch.nan, False),
+        (lambda z: None, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_over_scores_of_classes(loss: Callable[[Tensor], Any], are: bool, dtype: torch.dtype) -> None:
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    if dtype is torch.bfloat16:
+        given, loss = loss, lambda z: given(z.float())
+    assert (why_no_class_scores(loss(logits), logits) is None) is are
 
 
 def test_a_metric_of_the_user_is_taken_at_its_word(tmp_path: Path) -> None:
