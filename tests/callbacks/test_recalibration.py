@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -118,6 +121,27 @@ def test_steps_leave_no_trace() -> None:
     assert not module.memory.any() and module.history["losses"] is losses and not losses
     assert module.groups is groups and groups == [{"lr": 1.0}]
     assert all(torch.equal(value, module.linear.state_dict()[key]) for key, value in before.items())
+
+
+def test_generators_counters_and_children_are_as_before() -> None:
+    def step(module: Any, batch: Any) -> Tensor:
+        torch.rand(1, generator=module.noise)
+        module.draws.random(), module.numbers.random(), module.data.random()
+        module.seen["steps"] += 1
+        module.linear.calls, module.linear.fresh = module.linear.calls + 1, True
+        return module(batch[0]).sum()  # type: ignore[no-any-return]
+
+    module, trainer = network(step), trainer_with(torch.randn(16, 3))
+    module.noise, module.draws, module.numbers = torch.Generator(), random.Random(0), np.random.default_rng(0)
+    module.seen, module.linear.calls = Counter(), 0
+    module.data = trainer.train_dataloader.dataset.generator = np.random.default_rng(1)
+    before = [module.noise.get_state(), module.draws.getstate(), module.numbers.random(), module.data.random()]
+    module.numbers, holder = np.random.default_rng(0), trainer.train_dataloader.dataset
+    module.data = holder.generator = np.random.default_rng(1)
+    _recalibration.recalibrate(trainer, module, 2)
+    assert torch.equal(module.noise.get_state(), before[0]) and module.draws.getstate() == before[1]
+    assert [module.numbers.random(), holder.generator.random()] == before[2:]
+    assert module.linear.calls == 0 and not hasattr(module.linear, "fresh") and module.seen == Counter()
 
 
 def test_a_later_batch_that_fails_in_the_step_goes_through_forward() -> None:
