@@ -72,14 +72,15 @@ def why_not_kfac(trainer: Trainer, pl_module: LightningModule, settings: Any) ->
 
 
 def _why_not_read_again(loader: Any) -> str | None:
-    """Why batches cannot be read beside the training without a loss; None if they can."""
+    """Why batches cannot be read beside the training without a loss; None if they can.
+
+    What is read is a copy of the loader, so that one which counts its batches, to be resumed, does not see it.
+    """
     if loader is None or isinstance(loader, (list, tuple, dict)):
         return "that needs one training loader"
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return f"reading the training loader ({type(loader).__name__}) once more may lose batches of a stream"
-    return (
-        f"the training loader {type(loader).__name__} counts what was read" if hasattr(loader, "state_dict") else None
-    )
+    return None
 
 
 def why_no_class_scores(result: Any, outputs: Any) -> str | None:

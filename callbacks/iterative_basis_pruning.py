@@ -87,9 +87,10 @@ class IterativeBasisPruning(BasisRoundPruning):
         rebase: When bases are chosen anew, keeping ranks and function: ``never``, ``warmup`` (at the start of the last
             warm-up epoch, when head and batch norms were trained) or ``every_round`` (at the start of the last epoch
             before every cut; also keeps factors well conditioned while weights train). That epoch gives the scores.
-            ``auto``: ``warmup`` by the metric ``kfac`` where the network gives scores of classes, batches hold the
-            classes, there is one loader that can be read again, and the warm-up has two epochs; else ``never``, and
-            the run says why. With a `metric` of your own it is ``warmup``.
+            ``auto``: ``warmup`` by the metric ``kfac`` where the loss is one over scores of classes (cross entropy of
+            any kind), ``training_step`` can be run beside the training, one loader gives batches of a dataset that is
+            no stream, and the warm-up has two epochs; else ``never``, and the run says why. With a `metric` of your
+            own it is ``warmup``.
         metric: By what they are chosen then: ``euclidean``, ``activation`` (what bases contribute to the layers'
             outputs on training batches) or ``kfac`` (what errors there do to the loss; needs two warm-up epochs).
             Default: ``kfac`` with ``rebase: auto``, else ``activation``.

@@ -84,18 +84,18 @@ def test_a_pruner_ranks_by_the_average_and_carries_it_through_a_checkpoint() -> 
     set_scores(pruner, [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     pruner.cut(1)
     assert pruner.pairs["0"].scaling.sigma.tolist() == sigma[:-1].tolist()
-    carried = pruner.stage.score_average.carried["0"]
+    carried = pruner.basis.score_average.carried["0"]
     assert carried.tolist() == pytest.approx([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
     buffer = io.BytesIO()
-    torch.save(pruner.stage.state_dict(), buffer)
+    torch.save(pruner.basis.state_dict(), buffer)
     buffer.seek(0)
-    pruner.stage.score_average.drop()
-    pruner.stage.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(pruner.stage.score_average.carried["0"], carried)
+    pruner.basis.score_average.drop()
+    pruner.basis.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(pruner.basis.score_average.carried["0"], carried)
     set_scores(pruner, [1.0, 9.0, 0.5, 9.0, 9.0, 9.0, 5.0])  # averages 4.5, 8, 3.25, 7, 6.5, 6, 3.5
     pruner.cut(2)
     assert pruner.pairs["0"].scaling.sigma.tolist() == sigma[[0, 1, 3, 4, 5, 6]].tolist()
-    assert pruner.stage.score_average.carried["0"].tolist() == pytest.approx([4.5, 8.0, 7.0, 6.5, 6.0, 3.5])
+    assert pruner.basis.score_average.carried["0"].tolist() == pytest.approx([4.5, 8.0, 7.0, 6.5, 6.0, 3.5])
 
 
 @pytest.mark.parametrize("forget", ["bases_changed", "reset"])
@@ -103,23 +103,23 @@ def test_scores_of_other_bases_are_forgotten(forget: str) -> None:
     pruner = make_pruner()
     set_scores(pruner, [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     pruner.cut(1)
-    getattr(pruner.stage, forget)()
+    getattr(pruner.basis, forget)()
     set_scores(pruner, [1.0, 9.0, 0.5, 9.0, 9.0, 9.0, 5.0])
-    assert pruner.stage.plan(0.0, pruner.cost).ranks["0"] < 7
-    assert pruner.stage.score_average._newest["0"].tolist() == pytest.approx([1.0, 9.0, 0.5, 9.0, 9.0, 9.0, 5.0])
+    assert pruner.basis.plan(0.0, pruner.cost).ranks["0"] < 7
+    assert pruner.basis.score_average._newest["0"].tolist() == pytest.approx([1.0, 9.0, 0.5, 9.0, 9.0, 9.0, 5.0])
 
 
 def test_carried_scores_of_other_ranks_are_refused_and_old_states_have_none() -> None:
     pruner = make_pruner()
     set_scores(pruner, [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     pruner.cut(1)
-    state = pruner.stage.state_dict()
+    state = pruner.basis.state_dict()
     fresh = make_pruner()
     with pytest.raises(ValueError, match="another rank of layer '0'"):
-        fresh.stage.load_state_dict(state)
+        fresh.basis.load_state_dict(state)
     del state["average"]
-    pruner.stage.load_state_dict(state)
-    assert pruner.stage.score_average.carried == {}
+    pruner.basis.load_state_dict(state)
+    assert pruner.basis.score_average.carried == {}
 
 
 @pytest.mark.parametrize("how", ["basis", "channel", "basis and channel"])
