@@ -20,7 +20,7 @@ import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
 from bsdp.distillation import SelfDistillation
 from tests.helpers.channel_runs import ResidualClassifier
-from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
+from tests.helpers.pruning_runs import Classifier, Manual, Stripes, make_trainer
 
 WEIGHT, TEMPERATURE = 0.7, 3.0
 DISTILLING = {"distillation": WEIGHT, "distillation_temperature": TEMPERATURE}
@@ -118,20 +118,6 @@ def test_weight_0_leaves_a_run_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     )
     state, _ = run(Classifier, tmp_path, pruning=pruning)
     assert all(torch.equal(value, state[name]) for name, value in expected.items())
-
-
-class Manual(Classifier):
-    """Optimizes by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class Spread(Classifier):

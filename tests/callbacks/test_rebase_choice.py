@@ -19,7 +19,7 @@ import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
 from bsdp.callbacks._rebase_choice import why_no_class_scores
 from bsdp.datamodules.sampling import TrainingLoader
-from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
+from tests.helpers.pruning_runs import Classifier, Manual, Stripes, make_trainer
 
 
 class Collated(Stripes):
@@ -87,18 +87,6 @@ class Stream(IterableDataset[Any]):
 class Streamed(Stripes):
     def train_dataloader(self) -> Any:
         return DataLoader(Stream(self.examples), 32)
-
-
-class Manual(Loose):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class Values(Classifier):

@@ -65,6 +65,20 @@ class Classifier(LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.2)
 
 
+class Manual(Classifier):
+    """Optimizes by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 class Stripes(LightningDataModule):
     """Images with one bright row; the row is the class.
 
