@@ -16,7 +16,7 @@ from bsdp.callbacks._basis_rounds import BasisRoundPruning
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._measuring import as_parameters, call_network, example_of, own_iterator
 from bsdp.callbacks._processes import mean_over_processes
-from bsdp.callbacks._rebase_choice import rebase_settings
+from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings
 from bsdp.callbacks._trainer_checks import check_scales, refuse_frozen_scales
 from bsdp.cost import ModelCost
 from bsdp.double_pruner import DoublePruner, DoublePruningSettings, Outputs
@@ -51,7 +51,8 @@ class DoublePruning(BasisRoundPruning):
         ranking: How scores of bases of different layers compare, see there.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
-        warmup_epochs: Epochs before the first cut; they give the reference value.
+        warmup_epochs: Epochs before the first cut; they give the reference value. With two or more the bases can be
+            chosen by the loss, see `rebase`.
         epochs_per_round: Epochs of training after each cut; epochs left at the end train the final structure.
         tolerance: Largest allowed fall of the monitored value below the reference, as a fraction (0.01 = 1 point).
             null: prune to the budget whatever happens.
@@ -115,7 +116,7 @@ class DoublePruning(BasisRoundPruning):
         ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost",
         rounds: int | None = None,
         schedule: Literal["geometric", "cubic", "constant"] = "cubic",
-        warmup_epochs: int = 1,
+        warmup_epochs: int = LEAST_WARMUP,
         epochs_per_round: int = 1,
         tolerance: float | None = 0.01,
         monitor: str = "val_accuracy",
@@ -127,7 +128,7 @@ class DoublePruning(BasisRoundPruning):
         distillation: float = 0.0,
         distillation_temperature: float = 2.0,
         distillation_module: str | None = None,
-        rebase: Literal["auto", "never", "warmup", "every_round"] = "never",
+        rebase: Literal["auto", "never", "warmup", "every_round"] = "auto",
         metric: Literal["euclidean", "activation", "kfac"] | None = None,
         centred: bool = False,
         shrinkage: float | None = None,

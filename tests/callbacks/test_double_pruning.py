@@ -64,10 +64,20 @@ def test_the_probe_is_the_validation_images(tmp_path: Path) -> None:
 
 def fit_alone(module: LightningModule, folder: Path) -> Any:
     """Fit without a `Watch`, which wants class scores from ``forward``."""
-    callback = DoublePruning(target=0.5, rounds=2, tolerance=None, save_pruned=False)
+    callback = DoublePruning(target=0.5, rounds=2, warmup_epochs=1, tolerance=None, save_pruned=False)
     trainer = make_trainer(folder, [callback, BasisDecomposition()], limit_train_batches=2)
     trainer.fit(module, datamodule=Stripes(batch_size=16))
     return callback
+
+
+def test_bases_are_chosen_by_the_loss_unless_the_warm_up_is_too_short(tmp_path: Path) -> None:
+    choices = {}
+    for warmup in (1, DoublePruning().settings.warmup_epochs):
+        options = {"split": 1.0, "rounds": 1, "warmup_epochs": warmup, "save_pruned": False}
+        _, callback, _ = fit(ResidualClassifier(), tmp_path, double=True, pruning=options, max_epochs=3)
+        settings = callback.pruner.settings
+        choices[warmup] = (settings.rebase, settings.metric, callback.pruner.rebased_for)
+    assert choices == {1: ("never", "activation", 0), 2: ("warmup", "kfac", 1)}
 
 
 class WithInput(ResidualClassifier):

@@ -120,7 +120,7 @@ def fit(
         options: Changed arguments of the trainer.
     """
     kind: Any = DoublePruning if double else ChannelPruning
-    callback = kind(**{"target": 0.5, "rounds": 2, "tolerance": None, **(pruning or {})})
+    callback = kind(**{"target": 0.5, "rounds": 2, "warmup_epochs": 1, "tolerance": None, **(pruning or {})})
     watch = Watch()
     callbacks: list[Callback] = [callback]
     if double or decomposition is not None:
