@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from bsdp.compiling import inside_compiled, uncompiled
 from bsdp.cost import ModelCost
 from bsdp.probing import as_inputs, evaluating, first_tensor
 from bsdp.stats import measure_cost
+
+_T = TypeVar("_T")
 
 
 def only_network(pl_module: LightningModule) -> str:
@@ -124,6 +127,39 @@ def own_iterator(loaders: Any) -> Iterator[Any]:
         loader = copy.copy(loader)
         loader._iterator = None  # persistent workers would hand out the trainer's own iterator
     return iter(loader if loader is not None else ())
+
+
+def spread_batches(loaders: Any, count: int) -> Iterator[Any]:
+    """Batches from all over a loader (of several, the first), which often has one class after the other.
+
+    Args:
+        loaders: What a trainer has for validation.
+        count: Batches to give.
+
+    Returns:
+        `count` batches of examples at equal distances; of a loader that makes its batches in a way of its own, whole
+        batches at equal distances; of one without indices (a stream, or no `DataLoader`) the first batches.
+    """
+    loader = next(iter(tree_leaves(loaders)), None)
+    if (
+        not isinstance(loader, DataLoader)
+        or loader.batch_sampler is None
+        or isinstance(loader.dataset, IterableDataset)
+    ):
+        return islice(own_iterator(loaders), count)
+    batches = [list(batch) for batch in loader.batch_sampler]
+    if type(loader.batch_sampler) is BatchSampler and batches:
+        size = len(batches[0])
+        chosen = _at_equal_distances(list(chain.from_iterable(batches)), count * size)
+        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    else:
+        batches = _at_equal_distances(batches, count)
+    return iter(DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn))
+
+
+def _at_equal_distances(values: list[_T], count: int) -> list[_T]:
+    """`count` of the values; all, where there are no more."""
+    return values if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
 
 
 def first_example(trainer: Trainer) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from bsdp._checks import check_at_least, check_whole
 from bsdp.callbacks._basis_rounds import BasisRoundPruning
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import as_parameters, call_network, example_of, own_iterator
+from bsdp.callbacks._measuring import as_parameters, call_network, example_of, spread_batches
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings
 from bsdp.callbacks._trainer_checks import check_scales, refuse_frozen_scales
@@ -42,7 +41,7 @@ class DoublePruning(BasisRoundPruning):
         order: ``basis_then_channel`` (bases until a cut of channels does less harm, from then on channels),
             ``channel_then_basis`` (the other way round), or ``alternate`` (whichever does less harm, in every round).
         split: Share of the removal that bases take, in [0, 1]; ``auto`` finds it on validation images.
-        probe_batches: Validation batches on which ``split: auto`` compares outputs.
+        probe_batches: Validation batches on which ``split: auto`` compares outputs, of images from all over the loader.
         criterion: How channels are scored, see `ChannelPruning` (not the two that train factors of their own).
         channel_ranking: How scores of different groups of channels compare, see `ChannelPruning`.
         importance: How bases are scored, see `IterativeBasisPruning`.
@@ -242,7 +241,7 @@ class DoublePruning(BasisRoundPruning):
         if trainer.val_dataloaders is None:  # with `check_val_every_n_epoch`, up to the first validation
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         with random_state_kept(seed=0):  # the same images in a resumed run
-            batches = islice(own_iterator(trainer.val_dataloaders), self.probe_batches)
+            batches = spread_batches(trainer.val_dataloaders, self.probe_batches)
             found = [first_tensor(trainer.strategy.batch_to_device(batch)) for batch in batches]
         images = [as_parameters(tensor, pl_module) for tensor in found if tensor is not None]
         if not images:

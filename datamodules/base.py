@@ -42,8 +42,10 @@ class ImageDataModule(LightningDataModule):
     """Labelled images, split into train, val and test, as RGB batches.
 
     The test images are used for testing and predicting only, all of them. Validation images come from the data set's
-    own validation split where it has one, else they are cut off the training images. The order and the augmentation
-    depend on (seed, epoch, index) alone, so a resumed run sees exactly the batches that the unbroken run would have.
+    own validation split where it has one, else they are cut off the training images. Both are read in a fixed order
+    that mixes the classes, so that ``limit_val_batches`` and ``limit_test_batches`` give a fair sample; predictions
+    come in the order of the data set. The order and the augmentation of training images depend on (seed, epoch, index)
+    alone, so a resumed run sees exactly the batches that the unbroken run would have.
 
     Args:
         data_dir: Folder that holds the data sets. None takes the environment variable BSDP_DATA, else ``./data``.
@@ -220,16 +222,21 @@ class ImageDataModule(LightningDataModule):
         self._saved = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Give the validation images in their own order."""
-        return DataLoader(self._dataset("val", augment="none"), **self._loader_args())
+        """Give the validation images, in a fixed order that mixes the classes."""
+        return self._mixed("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Give all test images in their own order."""
-        return DataLoader(self._dataset("test", augment="none"), **self._loader_args())
+        """Give all test images, in a fixed order that mixes the classes."""
+        return self._mixed("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Give the test images, for predictions."""
-        return self.test_dataloader()
+        """Give the test images in their own order, for predictions."""
+        return DataLoader(self._dataset("test", augment="none"), **self._loader_args())
+
+    def _mixed(self, split: Split) -> DataLoader[Batch]:
+        """Images are often stored class by class; where some batches are to stand for all, they must not be read so."""
+        order = torch.randperm(len(self._read(split)), generator=torch.Generator().manual_seed(0)).tolist()
+        return DataLoader(self._dataset(split, augment="none"), sampler=order, **self._loader_args())
 
     def _dataset(self, split: Split, *, augment: Augment) -> Dataset[Batch]:
         return self._read(split).dataset(augment=augment, normalization=self.normalization, seed=self.seed)

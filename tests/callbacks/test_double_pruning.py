@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader
 
 import bsdp
 from bsdp import cli
 from bsdp.artifacts import load_artifact
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, PruningReport
+from bsdp.callbacks._measuring import spread_batches
 from bsdp.task import TransferTask
 from tests.callbacks.test_precision import CpuScaler
 from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit
@@ -59,7 +61,22 @@ def test_the_probe_is_the_validation_images(tmp_path: Path) -> None:
     _, callback, _ = fit(module, tmp_path, double=True, pruning={"probe_batches": 1})
     data = Stripes()
     data.setup("fit")
-    torch.testing.assert_close(callback.pruner.probe(), module.eval()(data.examples.tensors[0][:48]))
+    torch.testing.assert_close(callback.pruner.probe(), module.eval()(data.examples.tensors[0][::2]))
+
+
+class OwnBatches(BatchSampler):
+    """Batches that must stay whole."""
+
+
+def test_the_probe_is_from_all_over_the_loader() -> None:
+    values = torch.arange(12)
+    plain = DataLoader(values, 3)
+    assert [batch.tolist() for batch in spread_batches(plain, 2)] == [[0, 2, 4], [6, 8, 10]]
+    assert [batch.tolist() for batch in spread_batches([plain], 9)] == [batch.tolist() for batch in plain]
+    whole = DataLoader(values, batch_sampler=OwnBatches(range(12), 3, False))
+    assert [batch.tolist() for batch in spread_batches(whole, 2)] == [[0, 1, 2], [6, 7, 8]]
+    assert [value.tolist() for value in spread_batches(DataLoader(values, None), 2)] == [0, 1]
+    assert list(spread_batches("abc", 2)) == ["a", "b"]
 
 
 def fit_alone(module: LightningModule, folder: Path) -> Any:

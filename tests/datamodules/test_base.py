@@ -3,6 +3,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from bsdp.datamodules import ImageDataModule
+from bsdp.datamodules.base import Source, Split
 from tests.datamodules.sets import NORMALIZATION, ToyDataModule
 
 
@@ -92,10 +93,27 @@ def test_incomplete_training_batch(batch_size: int, drop_last: bool, sizes: list
     assert len(loader) == len(sizes)
 
 
-def test_no_test_image_is_dropped_or_moved() -> None:
+def test_no_test_image_is_dropped_and_predictions_keep_their_order() -> None:
     data = ready(batch_size=4)
-    labels = torch.cat([labels for _, labels in data.test_dataloader()])
-    assert labels.tolist() == [0, 1] * 5
+    assert torch.cat([labels for _, labels in data.predict_dataloader()]).tolist() == [0, 1] * 5
+    assert sorted(images_of(data.test_dataloader())) == sorted(images_of(data.predict_dataloader()))
+
+
+class ClassByClass(ToyDataModule):
+    """Stored as folders of images are: all of a class, then all of the next one."""
+
+    def _load(self, split: Split) -> Source | None:
+        source = super()._load(split)
+        return None if source is None else source.select(source.labels.argsort())
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_some_batches_stand_for_all(name: str) -> None:
+    data = ClassByClass(batch_size=6, val_fraction=0.25)
+    data.setup()
+    loader = getattr(data, f"{name}_dataloader")
+    assert set(next(iter(loader()))[1].tolist()) == {0, 1}
+    assert images_of(loader()) == images_of(loader())
 
 
 def test_setup_reads_only_what_the_stage_needs() -> None:

@@ -44,7 +44,7 @@ def test_reads_strips(strips: tuple[Path, np.ndarray, np.ndarray]) -> None:
     data = CIFAR10DataModule(data_dir=str(root), augment="none", batch_size=3, drop_last=False, val_fraction=0.2)
     data.prepare_data()
     data.setup()
-    loaded = list(data.test_dataloader())
+    loaded = list(data.predict_dataloader())
     images, labels = (torch.cat(parts) for parts in zip(*loaded, strict=True))
     expected = test.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
     assert np.array_equal((images * 255).round().byte().numpy(), expected)
@@ -64,7 +64,7 @@ def test_reads_the_form_of_torchvision_first(
     data = CIFAR10DataModule(data_dir=str(root))
     data.prepare_data()
     data.setup("test")
-    images, labels = next(iter(data.test_dataloader()))
+    images, labels = next(iter(data.predict_dataloader()))
     assert np.array_equal((images * 255).round().byte().numpy(), test)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -75,7 +75,7 @@ def test_reads_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     data = CIFAR100DataModule(data_dir=str(tmp_path))
     data.prepare_data()
     data.setup("test")
-    images, _ = next(iter(data.test_dataloader()))
+    images, _ = next(iter(data.predict_dataloader()))
     assert np.array_equal((images * 255).round().byte().numpy(), test)
 
 

@@ -53,7 +53,7 @@ def test_predictions_know_their_files(root: Path) -> None:
 
 def test_splits_and_shapes(root: Path) -> None:
     data = module_of(root)
-    assert whole(data.test_dataloader())[1].tolist() == [0, 0, 0, 1, 1]
+    assert whole(data.predict_dataloader())[1].tolist() == [0, 0, 0, 1, 1]
     assert whole(data.val_dataloader())[1].bincount().tolist() == [2, 2]
     images, labels = whole(data.train_dataloader())
     assert labels.bincount().tolist() == [4, 6]
