@@ -5,11 +5,11 @@ from bsdp.datamodules import DigitsDataModule
 
 
 def loaded(**arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the test images at their own size."""
+    """Give the test images at their own size, in their own order."""
     data = DigitsDataModule(image_size=None, **arguments)  # type: ignore[arg-type]
     data.prepare_data()
     data.setup("test")
-    images, labels = zip(*data.test_dataloader(), strict=True)
+    images, labels = zip(*data.predict_dataloader(), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

@@ -72,7 +72,7 @@ def test_takes_its_own_validation_split(tmp_path: Path) -> None:
 def test_evaluation_takes_the_middle_of_the_scaled_image(root: Path) -> None:
     image = read_image(str(root / "insects" / "test" / "bee" / "1.png"), image_size=28)
     assert image.shape[1:] == (32, 44)
-    images, _ = whole(module_of(root).test_dataloader())
+    images, _ = whole(module_of(root).predict_dataloader())
     assert torch.equal((images[4] * 255).round().byte(), image[:, 2:30, 8:36])
 
 

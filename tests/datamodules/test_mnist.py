@@ -26,7 +26,7 @@ def test_reads_idx_files(module: type[MNISTDataModule], tmp_path: Path) -> None:
     data = module(data_dir=str(tmp_path), val_fraction=0.25)
     data.prepare_data()
     data.setup()
-    images, labels = next(iter(data.test_dataloader()))
+    images, labels = next(iter(data.predict_dataloader()))
     assert images.shape == (10, 3, 28, 28)
     assert np.array_equal((images[:, 1] * 255).round().byte().numpy(), test)
     assert labels.tolist() == list(range(10))
