@@ -109,7 +109,7 @@ class ClassByClass(ToyDataModule):
 
 @pytest.mark.parametrize("name", ["val", "test"])
 def test_some_batches_stand_for_all(name: str) -> None:
-    data = ClassByClass(batch_size=6, val_fraction=0.25)
+    data = ClassByClass(batch_size=5, val_fraction=0.25)
     data.setup()
     loader = getattr(data, f"{name}_dataloader")
     assert set(next(iter(loader()))[1].tolist()) == {0, 1}
