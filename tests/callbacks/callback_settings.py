@@ -14,7 +14,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CompensatedPruning": {"arguments": {"tolerance": 0.5}},
     "ChannelPruning": {"arguments": {"target": 0.5, "tolerance": None, "criterion": "channel_scaling", "l1": 0.01}},
     "DiffPruning": {"arguments": {"gate_epochs": 1, "density": 0.1}},
-    "DoublePruning": {"arguments": {"target": 0.4, "tolerance": None}, "beside": [BasisDecomposition]},
+    "DoublePruning": {
+        "arguments": {"target": 0.4, "warmup_epochs": 1, "tolerance": None},
+        "beside": [BasisDecomposition],
+    },
     "IterativeBasisPruning": {
         "arguments": {"target": 0.5, "warmup_epochs": 1, "tolerance": None},
         "beside": [BasisDecomposition],

@@ -35,7 +35,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "channel_scaling": {"pruning": {"criterion": "channel_scaling", "l1": 0.01}},
     "transtailor": {"pruning": {"criterion": "transtailor"}},
     "random": {"pruning": {"criterion": "random"}},
-    "double": {"double": True, "pruning": {"probe_batches": 1}, "decomposition": {"batch_norm": "all"}},
+    # Bases as they are: with those by the loss the first cut would be one of bases.
+    "double": {
+        "double": True,
+        "pruning": {"probe_batches": 1, "rebase": "never"},
+        "decomposition": {"batch_norm": "all"},
+    },
 }
 FEWER = ("taylor_2019", "channel_scaling", "random", "double")  # where one of each kind will do
 # Cuts are made as the epochs 2 and 3 begin.

@@ -179,7 +179,7 @@ def test_ddp_calls_the_module_itself_for_a_whole_step(tmp_path: Path) -> None:
     [
         lambda: ChannelPruning(target=0.5, rounds=2, tolerance=None, **DISTILLING),
         lambda: ChannelPruning(criterion="channel_scaling", target=0.5, rounds=2, tolerance=None, **DISTILLING),
-        lambda: DoublePruning(target=0.5, rounds=2, split=0.5, tolerance=None, **DISTILLING),
+        lambda: DoublePruning(target=0.5, rounds=2, warmup_epochs=1, split=0.5, tolerance=None, **DISTILLING),
     ],
     ids=["channels", "factors", "double"],
 )

@@ -22,7 +22,7 @@ CALLBACKS: dict[str, Any] = {
         PruningReport(),
     ],
     "channel": lambda: [ChannelPruning(**OPTIONS)],
-    "double": lambda: [BasisDecomposition(), DoublePruning(**OPTIONS)],
+    "double": lambda: [BasisDecomposition(), DoublePruning(warmup_epochs=1, **OPTIONS)],
 }
 
 

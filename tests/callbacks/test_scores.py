@@ -184,7 +184,7 @@ def test_double_pruning_takes_them_too(tmp_path: Path) -> None:
     pruning = DoublePruning(
         target=0.4, rounds=2, tolerance=None, importance="second_order", score_momentum=0.3, curvature_batches=1
     )
-    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=3)
+    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=4)
     trainer.fit(Classifier(), datamodule=Stripes())
     assert len(pruning.record.rounds) == 3
 
