@@ -122,11 +122,15 @@ def as_parameters(value: Any, module: nn.Module) -> Any:
 
 def own_iterator(loaders: Any) -> Iterator[Any]:
     """Read a loader (of several, the first) from its start without disturbing the iterator the trainer has of it."""
+    return iter(_copy_of_first(loaders))
+
+
+def _copy_of_first(loaders: Any) -> Any:
     loader = next(iter(tree_leaves(loaders)), None)
     if isinstance(loader, DataLoader):
         loader = copy.copy(loader)
         loader._iterator = None  # persistent workers would hand out the trainer's own iterator
-    return iter(loader if loader is not None else ())
+    return loader if loader is not None else ()
 
 
 def spread_batches(loaders: Any, count: int) -> Iterator[Any]:
@@ -140,13 +144,13 @@ def spread_batches(loaders: Any, count: int) -> Iterator[Any]:
         `count` batches of examples at equal distances; of a loader that makes its batches in a way of its own, whole
         batches at equal distances; of one without indices (a stream, or no `DataLoader`) the first batches.
     """
-    loader = next(iter(tree_leaves(loaders)), None)
+    loader = _copy_of_first(loaders)
     if (
         not isinstance(loader, DataLoader)
         or loader.batch_sampler is None
         or isinstance(loader.dataset, IterableDataset)
     ):
-        return islice(own_iterator(loaders), count)
+        return islice(iter(loader), count)
     batches = [list(batch) for batch in loader.batch_sampler]
     if type(loader.batch_sampler) is BatchSampler and batches:
         size = len(batches[0])
@@ -154,7 +158,8 @@ def spread_batches(loaders: Any, count: int) -> Iterator[Any]:
         batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     else:
         batches = _at_equal_distances(batches, count)
-    return iter(DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn))
+    vars(loader)["batch_sampler"] = batches  # all else as it is: workers, what they begin with, how they collate
+    return iter(loader)
 
 
 def _at_equal_distances(values: list[_T], count: int) -> list[_T]:

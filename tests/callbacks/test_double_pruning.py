@@ -79,6 +79,19 @@ def test_the_probe_is_from_all_over_the_loader() -> None:
     assert list(spread_batches("abc", 2)) == ["a", "b"]
 
 
+class Shifted(DataLoader[Any]):
+    """Does something to every batch of its own."""
+
+    def __iter__(self) -> Any:
+        return (batch + 100 for batch in super().__iter__())
+
+
+def test_the_probe_is_read_as_the_loader_reads() -> None:
+    loader = Shifted(torch.arange(12), 3)
+    assert [batch.tolist() for batch in spread_batches(loader, 1)] == [[100, 104, 108]]
+    assert len(list(loader)) == 4  # the loader itself is left alone
+
+
 def fit_alone(module: LightningModule, folder: Path) -> Any:
     """Fit without a `Watch`, which wants class scores from ``forward``."""
     callback = DoublePruning(target=0.5, rounds=2, warmup_epochs=1, tolerance=None, save_pruned=False)
