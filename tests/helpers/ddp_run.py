@@ -229,7 +229,7 @@ def channels(folder: Path, *, double: bool, **options: Any) -> dict[str, Any]:
     """Channels are cut, and the processes see other images of training and validation."""
     callbacks: list[Any] = [BasisDecomposition(batch_norm="all")] if double else []
     pruning: Any = DoublePruning if double else ChannelPruning
-    callback = pruning(target=0.5, rounds=2, tolerance=None, **options.pop("pruning", {}))
+    callback = pruning(target=0.5, rounds=2, warmup_epochs=1, tolerance=None, **options.pop("pruning", {}))
     trainer = make_trainer(folder, [callback, *callbacks], strategy="ddp", devices=2, max_epochs=3, **options)
     module, sums, tried = ResidualClassifier(), [], []
 
