@@ -37,7 +37,8 @@ class TwoHeads(Classifier):
 
 def fit(module: Classifier, folder: Path, *, double: bool = False, **pruning: Any) -> Any:
     kind: Any = DoublePruning if double else ChannelPruning
-    callback = kind(**{"target": 0.3, "rounds": 1, "warmup_epochs": 1, "tolerance": None, "save_pruned": False, **pruning})
+    settings = {"target": 0.3, "rounds": 1, "warmup_epochs": 1, "tolerance": None, "save_pruned": False}
+    callback = kind(**{**settings, **pruning})
     others = [BasisDecomposition(exclude=["second", "teacher"])] if double else []
     trainer = make_trainer(folder, [callback, *others], max_epochs=2, limit_train_batches=2)
     trainer.fit(module, datamodule=Stripes(batch_size=16))
