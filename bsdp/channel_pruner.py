@@ -64,7 +64,8 @@ class ChannelPruningSettings(RoundSettings):
         distillation_temperature: See `distillation_loss`.
         distillation_module: Name of the module that returns the class scores; None for the network.
         criterion: Score of a channel, one of `ALL_CRITERIA`.
-        channel_ranking: How scores of different groups compare, see `select_channels`.
+        channel_ranking: How scores of different groups compare, see `select_channels`. None chooses ``"priority"`` for
+            ``"activation_cumsum"``, else ``"per_cost"`` for a budget of MACs, else ``"global"``.
         normalize: See `ChannelScores`.
         min_channels: Channels (units) that every group keeps at least.
         max_group_ratio: Largest share of a group that one cut may remove.
@@ -84,7 +85,7 @@ class ChannelPruningSettings(RoundSettings):
     unscored: ClassVar[str] = "criterion='l1', 'l2', 'fpgm' or 'random'"
 
     criterion: str = "taylor_2019"
-    channel_ranking: str = "global"
+    channel_ranking: str | None = None
     normalize: str = "auto"
     min_channels: int = 1
     max_group_ratio: float = 0.95
@@ -99,7 +100,8 @@ class ChannelPruningSettings(RoundSettings):
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, ALL_CRITERIA)
-        check_choice("channel_ranking", self.channel_ranking, CHANNEL_RANKINGS)
+        if self.channel_ranking is not None:
+            check_choice("channel_ranking", self.channel_ranking, CHANNEL_RANKINGS)
         check_share("max_group_ratio", self.max_group_ratio)
         check_share("theta", self.theta)
         check_whole("min_channels", self.min_channels, 1)
@@ -268,7 +270,7 @@ class ChannelStage:
             scores,
             reckoning,
             budget=budget,
-            ranking=settings.channel_ranking,
+            ranking=settings.channel_ranking or _usual_ranking(settings),
             min_channels=self.least(),
             max_group_ratio=settings.max_group_ratio,
             round_to=settings.round_to,
@@ -323,6 +325,13 @@ class ChannelStage:
         self.scores.load_state_dict(state["scores"])
         self.means.load_state_dict(state["means"])
         self.makers = list(state.get("makers", self.makers))  # older files have none
+
+
+def _usual_ranking(settings: ChannelPruningSettings) -> str:
+    """The ranking that goes with the criterion and with what the target counts."""
+    if settings.criterion == "activation_cumsum":
+        return "priority"
+    return "per_cost" if settings.target_kind == "macs" else "global"
 
 
 def _kept(groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> Tensor:

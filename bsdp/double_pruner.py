@@ -106,6 +106,7 @@ class DoublePruningSettings(ChannelPruningSettings):
     split: float | Literal["auto"] = "auto"
     importance: Importance = "mean_square"
     score_momentum: float = 0.0
+    channel_ranking: str | None = "per_cost"
     ranking: Literal["importance", "per_cost", "hull", "local", "isomorphic"] = "per_cost"
     rebase: Literal["never", "warmup", "every_round"] = "never"
     metric: Literal["euclidean", "activation", "kfac"] = "activation"

@@ -72,7 +72,7 @@ class ChannelPruning(RoundPruning):
             ``local`` the same share of every group of channels, ``isomorphic`` the same share of every class of groups
             with the same layers, ``priority`` the most redundant group first (for ``activation_cumsum``). With few
             images of each class scores are noise, and ``local`` or ``isomorphic`` lose less. Default: ``priority`` for
-            ``activation_cumsum``, else ``global``.
+            ``activation_cumsum``, else ``per_cost`` for a budget of MACs, else ``global``.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
         warmup_epochs: Epochs before the first cut; they give the reference value.
@@ -150,8 +150,6 @@ class ChannelPruning(RoundPruning):
     ) -> None:
         if rounds is not None:
             check_at_least("rounds", rounds, 1)
-        if ranking is None:
-            ranking = "priority" if criterion == "activation_cumsum" else "global"
         settings = ChannelPruningSettings(
             target=target,
             target_kind=target_kind,

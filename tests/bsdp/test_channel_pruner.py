@@ -57,9 +57,8 @@ def run(model: nn.Module, pruner: ChannelPruner, values: list[float], *, lr: flo
 
 @pytest.mark.parametrize("criterion", ALL_CRITERIA)
 def test_a_plain_loop_ends_at_the_budget(criterion: str) -> None:
-    ranking = "priority" if criterion == "activation_cumsum" else "global"
-    options = {"theta": 0.4} if ranking == "priority" else {}
-    model, pruner = make(criterion=criterion, channel_ranking=ranking, **options)
+    options = {"theta": 0.4} if criterion == "activation_cumsum" else {}
+    model, pruner = make(criterion=criterion, **options)
     run(model, pruner, [0.9, 0.9, 0.9])
     folded, record = bsdp.fold(model), pruner.record
     assert [entry.round for entry in record.rounds] == [0, 1, 2]
@@ -69,6 +68,26 @@ def test_a_plain_loop_ends_at_the_budget(criterion: str) -> None:
     assert record.rounds[2].channels == {"conv1": folded.conv1.out_channels, "conv2": folded.conv2.out_channels}
     model.eval()
     torch.testing.assert_close(folded.eval()(EXAMPLE + 1), model(EXAMPLE + 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "criterion", "usual", "other"),
+    [
+        ("params", "l2", "global", "per_cost"),
+        ("channels", "taylor_2019", "global", "local"),
+        ("macs", "l2", "per_cost", "global"),
+        ("macs", "activation_cumsum", "priority", "per_cost"),
+    ],
+)
+def test_the_ranking_goes_with_the_budget_and_the_criterion(kind: str, criterion: str, usual: str, other: str) -> None:
+    chosen, network = {}, ConvNet()
+    for ranking in (None, usual, other):
+        model = copy.deepcopy(network)
+        model, pruner = make(model, criterion=criterion, target_kind=kind, channel_ranking=ranking, theta=0.4)
+        train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01))
+        plan = pruner.stage.plan(0.6 * pruner.original(kind), pruner.cost)
+        chosen[ranking] = {name: units.tolist() for name, units in plan.remove.items()}
+    assert chosen[None] == chosen[usual] != chosen[other]
 
 
 @pytest.mark.parametrize("kind", ["macs", "channels"])
