@@ -29,11 +29,6 @@ DIGITS: dict[str, Any] = {
 }
 
 
-def _length(path: Path) -> list[pytest.MarkDecorator]:
-    """What takes longer: networks of other files, pruned as `channel` and `double` prune small ones."""
-    return [pytest.mark.slow] if path.stem in ("caltech20_channel", "caltech20_double") else []
-
-
 def digits_for(data: dict[str, Any]) -> dict[str, Any]:
     """Digits in the place of a config's data; of both sides where there is a source beside the target."""
     sides = {key: DIGITS for key in ("source", "target") if key in data["init_args"]}
@@ -59,7 +54,7 @@ def test_every_file_says_what_it_is_for_and_how() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fewer examples times positions")  # of one small batch
-@pytest.mark.parametrize("path", [pytest.param(path, marks=_length(path), id=path.stem) for path in COMPLETE])
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
 def test_complete_file_runs(path: Path, folder: Path) -> None:
     # Without the data and weights that do not ship: digits and random weights in their place, one batch.
     config = yaml.safe_load(path.read_text())

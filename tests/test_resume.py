@@ -151,13 +151,7 @@ def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str
     [
         pytest.param(["--data.num_workers=2"], {}, [MOMENTS[0], MOMENTS[2]], id="workers"),
         pytest.param(["--model.schedule=plateau"], {}, [("on_train_epoch_start", 2, None)], id="plateau"),
-        pytest.param(
-            [],
-            {"val_check_interval": 0.5},
-            [("on_train_batch_end", 2, 2), MOMENTS[4]],
-            id="validations",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param([], {"val_check_interval": 0.5}, [("on_train_batch_end", 2, 2), MOMENTS[4]], id="validations"),
         pytest.param(
             [], {"check_val_every_n_epoch": 2}, [MOMENTS[1], MOMENTS[5]], id="rare validations", marks=pytest.mark.slow
         ),

@@ -14,9 +14,10 @@ from benchmarks.coverage import Row, check, find_cases, read_rows
 from benchmarks.coverage_models import Case, timm_families, torchvision_cases
 
 # One of every kind and most styles: plain, residual, dense, grouped, depthwise, shuffled channels, attention of several
-# sorts, weights that are standardised or read by other code, dictionaries. Lists of images and clips take longer: slow.
+# sorts, weights that are standardised or read by other code, dictionaries of outputs, lists of images, clips.
 TORCHVISION_TENTH = [
     "lraspp_mobilenet_v3_large",
+    "mc3_18",
     "mnasnet0_5",
     "mobilenet_v2",
     "mobilenet_v3_small",
@@ -24,6 +25,7 @@ TORCHVISION_TENTH = [
     "resnet18",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
+    "ssdlite320_mobilenet_v3_large",
 ]
 TIMM_TENTH = [
     "convit_tiny",
