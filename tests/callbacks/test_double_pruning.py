@@ -79,6 +79,11 @@ def test_the_probe_is_from_all_over_the_loader() -> None:
     assert list(spread_batches("abc", 2)) == ["a", "b"]
 
 
+def test_channels_are_ranked_alike_with_and_without_a_trainer() -> None:
+    settings = bsdp.DoublePruningSettings(target=0.5)
+    assert settings.channel_ranking == DoublePruning().settings.channel_ranking == "per_cost"
+
+
 class Shifted(DataLoader[Any]):
     """Does something to every batch of its own."""
 
