@@ -1,6 +1,7 @@
 """Who imports whom. Every rule is one function of sources, and a second test shows that it can fail."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse"
 SKIPPED_FOLDERS = {"build", "dist", "logs"}
 
 
-def loaded_after(statement: str, names: tuple[str, ...] = (*LATE, "torch")) -> set[str]:
-    """Which of `names` a fresh interpreter has loaded after a statement."""
-    code = f"{statement}\nimport sys\nprint(*sorted(set({names!r}) & sys.modules.keys()))"
+def loaded_after(*statements: str, names: tuple[str, ...] = (*LATE, "torch")) -> list[set[str]]:
+    """Which of `names` a fresh interpreter has loaded after each of some statements, one after another."""
+    look = f"import sys; print('loaded', *sorted(set({names!r}) & sys.modules.keys()))"
+    code = "\n".join(f"{statement}\n{look}" for statement in statements)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return [set(line.split()[1:]) for line in result.stdout.splitlines() if line.split()[:1] == ["loaded"]]
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
@@ -76,13 +78,10 @@ def core_files() -> list[Path]:
 def all_files() -> list[Path]:
     """Every Python file of the repository, symlinked folders once."""
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).parts
-        linked = any(parent.is_symlink() for parent in path.parents if parent != ROOT)
-        hidden = any(part.startswith(".") or part.endswith(".egg-info") or part in SKIPPED_FOLDERS for part in parts)
-        if not linked and not hidden:
-            found.append(path)
-    return found
+    for folder, folders, files in os.walk(ROOT):  # does not follow the links
+        folders[:] = [n for n in folders if not n.startswith(".") and n not in SKIPPED_FOLDERS and ".egg-info" not in n]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(".")]
+    return sorted(found)
 
 
 def breaches(files: list[Path], rule: object) -> dict[str, list[str]]:
@@ -90,12 +89,22 @@ def breaches(files: list[Path], rule: object) -> dict[str, list[str]]:
     return {name: names for name, names in found.items() if names}
 
 
-def test_importing_the_core_loads_torch_and_nothing_heavier() -> None:
-    assert loaded_after("import bsdp") == {"torch"}
+def test_what_is_loaded_by_and_by() -> None:
+    core, overview, reports, callbacks = loaded_after(
+        "import bsdp",
+        "from bsdp.cli import main; main(['--help'])",
+        "import bsdp.plots, bsdp.report, bsdp.report_table, bsdp.artifacts",
+        "from bsdp import callbacks; callbacks.WandbPruningCurves(), callbacks.PruningReport()",
+    )
+    assert core == {"torch"}
+    assert "lightning" not in overview
+    assert not {"matplotlib", "rich", "lightning", "fvcore"} & reports
+    assert "lightning" in callbacks and "wandb" not in callbacks
 
 
 def test_the_look_into_a_fresh_interpreter_can_fail() -> None:
-    assert loaded_after("import rich, json", ("rich", "json", "torch")) == {"rich", "json"}
+    names = ("rich", "json", "torch")
+    assert loaded_after("import rich", "import json", names=names) == [{"rich"}, {"rich", "json"}]
 
 
 def test_the_core_knows_no_trainer() -> None:

@@ -1,10 +1,13 @@
-"""``python train.py`` from end to end, in processes of their own."""
+"""``python train.py`` from end to end, in a process of its own."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+
+from bsdp import cli
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 CONFIG = {
@@ -20,7 +23,8 @@ def train(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_fit_then_test(tmp_path: Path) -> None:
+def test_fit_then_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     fitted = train(tmp_path, "fit", "--config", "base", "--config", "tiny.yaml")
     assert fitted.returncode == 0, fitted.stderr
@@ -28,9 +32,8 @@ def test_fit_then_test(tmp_path: Path) -> None:
     assert f"Run folder: {run}" in fitted.stdout
     assert "litlogger" not in fitted.stdout + fitted.stderr and "Deprecat" not in fitted.stderr
 
-    tested = train(tmp_path, "test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
-    assert tested.returncode == 0, tested.stderr
-    assert "test_accuracy" in tested.stdout
+    assert cli.main(["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
 
 
 def test_a_mistake_gives_code_2_and_no_traceback(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Networks read back from what a run leaves behind."""
 
+import importlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -284,9 +284,13 @@ def test_run_folders_hold_a_configuration(tmp_path: Path) -> None:
     assert run_folder_of(tmp_path / "a" / "b" / "c" / "last.ckpt") is None
 
 
-def test_reading_needs_no_lightning(run: Path) -> None:
-    code = f"import sys; from bsdp.artifacts import load_artifact; load_artifact({str(run)!r})"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'lightning' not in sys.modules"], check=True)
+def test_reading_needs_no_lightning(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = ("lightning", "bsdp.task", "bsdp.callbacks", "bsdp.datamodules", "bsdp.trainer_cli")
+    for name in [name for name in sys.modules if name.startswith(prefixes)]:
+        monkeypatch.setitem(sys.modules, name, None)  # to import it is an error
+    with pytest.raises(ImportError):
+        importlib.import_module("bsdp.task")
+    assert load_artifact(run).image_shape == (3, 8, 8)
 
 
 def test_a_pruned_checkpoint_is_no_weight_file(run: Path) -> None:

@@ -13,10 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 import bsdp
 from bsdp.resume import LastCheckpoint, RunState
 from bsdp.task import TransferTask
-from tests.callbacks.test_resume_state import SaveAt
 from tests.helpers.channel_runs import ResidualClassifier, Shuffled, check, fit, widths
 from tests.helpers.pruning_runs import make_trainer
-from tests.helpers.resuming import Stopped, differences
+from tests.helpers.resuming import SaveAt, Stopped, differences
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
@@ -66,14 +65,16 @@ def go(folder: Path, name: str, *others: Callback, ckpt: Path | None = None, **o
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What runs without a stop leave."""
+    """What runs without a stop leave, and their checkpoints of all `MOMENTS`."""
     made: dict[str, Any] = {}
 
-    def make(name: str) -> dict[str, Any]:
+    def make(name: str) -> tuple[dict[str, Any], dict[str, Path]]:
         if name not in made:
-            module, callback, trainer, watch = go(tmp_path_factory.mktemp("whole"), name)
+            folder = tmp_path_factory.mktemp("whole")
+            saving = [SaveAt(*moment, file=f"{key}.ckpt", go_on=True) for key, moment in MOMENTS.items()]
+            module, callback, trainer, watch = go(folder, name, *saving)
             check(module, callback, watch)
-            made[name] = outcome(module, callback, trainer)
+            made[name] = outcome(module, callback, trainer), {key: folder / f"{key}.ckpt" for key in MOMENTS}
         return made[name]
 
     return make
@@ -97,10 +98,9 @@ def outcome(module: Any, callback: Any, trainer: Any) -> dict[str, Any]:
     [*((name, "after a cut") for name in RUNS), ("double", "before any")],
 )
 def test_ends_as_if_it_never_stopped(name: str, moment: str, whole: Any, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        go(tmp_path, name, SaveAt(*MOMENTS[moment]))
-    module, callback, trainer, _ = go(tmp_path, name, ckpt=tmp_path / "kept.ckpt")
-    assert differences(whole(name), outcome(module, callback, trainer)) == []
+    expected, saved = whole(name)
+    module, callback, trainer, _ = go(tmp_path, name, ckpt=saved[moment])
+    assert differences(expected, outcome(module, callback, trainer)) == []
 
 
 class Look(Callback):
@@ -120,12 +120,11 @@ class Look(Callback):
 
 
 @pytest.mark.parametrize("name", FEWER)
-def test_everything_is_restored_in_mid_epoch(name: str, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        go(tmp_path, name, SaveAt(*MOMENTS["mid-epoch"]))
-    saved = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+def test_everything_is_restored_in_mid_epoch(name: str, whole: Any, tmp_path: Path) -> None:
+    _, checkpoints = whole(name)
+    saved = torch.load(checkpoints["mid-epoch"], weights_only=True)
     look = Look()
-    go(tmp_path, name, look, ckpt=tmp_path / "kept.ckpt")
+    go(tmp_path, name, look, ckpt=checkpoints["mid-epoch"])
     state = saved["callbacks"]["DoublePruning" if name == "double" else "ChannelPruning"]
     assert differences({key: state[key] for key in look.pruner}, look.pruner) == []
     assert differences(dict(saved["state_dict"]), look.weights) == []

@@ -8,24 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning, PruningReport
 from bsdp.callbacks import _latency as latency
 from tests.helpers.latencies import table_of
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer, small_network
-from tests.helpers.resuming import StopAt, Stopped
+from tests.helpers.resuming import SaveAt, Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-
-
-class SaveAt(StopAt):
-    """Write ``kept.ckpt`` at a hook, then end the run."""
-
-    def _stop(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "kept.ckpt", weights_only=False)
-        super()._stop(trainer, module, *args)
 
 
 def hand_made(*, speed: float = 1.0, slow: tuple[str, ...] = ("0.0",)) -> bsdp.LatencyTable:

@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, _recalibration
-from tests.callbacks.test_resume_state import SaveAt
 from tests.helpers.channel_runs import ResidualClassifier, Shuffled
 from tests.helpers.pruning_runs import Stripes, make_trainer
-from tests.helpers.resuming import Stopped, differences
+from tests.helpers.resuming import SaveAt, Stopped, differences
 
 
 def trainer_with(*tensors: Tensor, shuffle: bool = False, **options: Any) -> Any:

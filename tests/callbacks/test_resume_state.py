@@ -18,7 +18,7 @@ import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
 from bsdp.resume import LastCheckpoint, RunState
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
-from tests.helpers.resuming import StopAt, Stopped, differences
+from tests.helpers.resuming import SaveAt, StopAt, Stopped, differences
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
@@ -72,15 +72,6 @@ class Learner(Classifier):
         optimizer = self._build() if self.optimizer is None else self.optimizer
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class SaveAt(StopAt):
-    """Write ``kept.ckpt`` at a hook, then end the run."""
-
-    def _stop(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        if not trainer.sanity_checking and trainer.current_epoch == self.epoch and self.batch in (None, *args[-1:]):
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "kept.ckpt", weights_only=False)
-        super()._stop(trainer, module, *args)
 
 
 class Look(Callback):
@@ -142,48 +133,39 @@ EXAMPLES = {"importance": "fisher", "score_momentum": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("moment", "prune"),
-    [
-        (("on_train_epoch_end", 1), {}),
-        (("on_train_epoch_end", 3), {}),
-        (("on_train_epoch_end", 3), {"distillation": 0.5}),
-        (("on_train_epoch_end", 3), CURVATURE),
-        (("on_train_epoch_end", 3), EXAMPLES),
-    ],
+    ("epochs", "prune"),
+    [((1, 3), {}), ((3,), {"distillation": 0.5}), ((3,), CURVATURE), ((3,), EXAMPLES)],
+    ids=["", "distillation", "curvature", "examples"],
 )
-def test_dropout_and_shuffling_go_on_from_an_epochs_end(tmp_path: Path, moment: Any, prune: dict[str, Any]) -> None:
-    whole, pruning, _ = fit(tmp_path / "whole", prune=prune)
-    with pytest.raises(Stopped):
-        fit(tmp_path, SaveAt(*moment), prune=prune)
-    module, resumed, _ = fit(tmp_path, ckpt=tmp_path / "kept.ckpt", prune=prune)
-    assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
-    assert resumed.record.rounds == pruning.record.rounds
+def test_dropout_and_shuffling_go_on_from_an_epochs_end(
+    tmp_path: Path, epochs: tuple[int, ...], prune: dict[str, Any]
+) -> None:
+    saving = [SaveAt("on_train_epoch_end", epoch, file=f"{epoch}.ckpt", go_on=True) for epoch in epochs]
+    whole, pruning, _ = fit(tmp_path, *saving, prune=prune)
+    for epoch in epochs:
+        module, resumed, _ = fit(tmp_path / f"{epoch}", ckpt=tmp_path / f"{epoch}.ckpt", prune=prune)
+        assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
+        assert resumed.record.rounds == pruning.record.rounds
 
 
-@pytest.mark.parametrize(
-    "moment", [("on_train_epoch_end", 1), ("on_train_epoch_end", 3), ("on_train_batch_end", 1, 2)], ids=str
-)
 @pytest.mark.parametrize("prune", [{}, {"rebase": "every_round", "metric": "activation"}], ids=["", "rebase"])
 @pytest.mark.parametrize("first", [True, False])
-def test_training_of_all_weights_goes_on_from_an_epochs_end(
-    tmp_path: Path, moment: Any, prune: dict[str, Any], first: bool
-) -> None:
-    options: dict[str, Any] = {"decompose": {"metric": "activation", "train": "weights"}, "prune": prune}
-    options["decomposition_first"] = first
+def test_training_of_all_weights_goes_on_from_an_epochs_end(tmp_path: Path, prune: dict[str, Any], first: bool) -> None:
+    moments = [("on_train_epoch_end", 1), ("on_train_epoch_end", 3), ("on_train_batch_end", 1, 2)]
 
     def run(folder: Path, *others: Callback, ckpt: Path | None = None) -> tuple[LightningModule, IterativeBasisPruning]:
-        changed = copy.deepcopy(options)
-        module, pruning, _ = fit(folder, *others, ckpt=ckpt, **changed)
+        options = {"decompose": {"metric": "activation", "train": "weights"}, "prune": dict(prune)}
+        module, pruning, _ = fit(folder, *others, ckpt=ckpt, decomposition_first=first, **options)
         return module, pruning
 
-    whole, pruning = run(tmp_path / "whole")
-    with pytest.raises(Stopped):
-        run(tmp_path, SaveAt(*moment))
-    module, resumed = run(tmp_path, ckpt=tmp_path / "kept.ckpt")
-    assert differences(dict(whole.state_dict()), dict(module.state_dict())) == []
-    assert [entry.ranks for entry in resumed.record.rounds] == [entry.ranks for entry in pruning.record.rounds]
-    if moment[0] == "on_train_epoch_end":  # after the last batch of an epoch, its validation is left out
-        assert resumed.record.rounds == pruning.record.rounds
+    saving = [SaveAt(*moment, file=f"{i}.ckpt", go_on=True) for i, moment in enumerate(moments)]  # type: ignore[arg-type]
+    whole, pruning = run(tmp_path, *saving)
+    for i, moment in enumerate(moments):
+        module, resumed = run(tmp_path / f"{i}", ckpt=tmp_path / f"{i}.ckpt")
+        assert differences(dict(whole.state_dict()), dict(module.state_dict())) == [], moment
+        assert [entry.ranks for entry in resumed.record.rounds] == [entry.ranks for entry in pruning.record.rounds]
+        if moment[0] == "on_train_epoch_end":  # after the last batch of an epoch, its validation is left out
+            assert resumed.record.rounds == pruning.record.rounds
 
 
 def test_scores_of_the_warm_up_are_of_one_epoch_wherever_it_was_resumed(tmp_path: Path) -> None:

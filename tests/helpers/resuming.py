@@ -89,6 +89,32 @@ class StopAt(Callback):
 
     def _stop(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         if not trainer.sanity_checking and trainer.current_epoch == self.epoch and self.batch in (None, *args[-1:]):
+            self._reached(trainer)
+
+    def _reached(self, trainer: Trainer) -> None:
+        self.end()
+
+
+class SaveAt(StopAt):
+    """Write a checkpoint into the trainer's root folder at a hook, then end the run.
+
+    Args:
+        hook: Name of the hook.
+        epoch: In which epoch.
+        batch: At which of its batches; None where the hook has none.
+        file: Name of the checkpoint.
+        go_on: Do not end the run.
+    """
+
+    def __init__(
+        self, hook: str, epoch: int, batch: int | None = None, *, file: str = "kept.ckpt", go_on: bool = False
+    ) -> None:
+        super().__init__(hook, epoch, batch)
+        self.file, self.go_on = file, go_on
+
+    def _reached(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / self.file, weights_only=False)
+        if not self.go_on:
             self.end()
 
 
