@@ -18,6 +18,7 @@ from bsdp._compare import Difference, largest_difference, tolerance_for
 from bsdp.folding import refuse_pairs
 from bsdp.probing import as_inputs, evaluating
 from bsdp.surgery import module_names, replace_modules
+from bsdp.widths import note_new_bias
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAYERS = (_ConvNd, nn.Linear)
@@ -119,6 +120,7 @@ def _fold_all(model: nn.Module, program: torch.export.ExportedProgram) -> tuple[
             continue
         weight, bias = _folded_parameters(layer, norm)
         layer.weight, layer.bias = weight, bias
+        note_new_bias(layer)
         replacements[norm] = remains
         folded[names[norm]] = names[layer]
     replace_modules(model, replacements)

@@ -128,6 +128,14 @@ def mark_widths(module: nn.Module) -> None:
         vars(module)[_MARK] = _own_sizes(module)
 
 
+def note_new_bias(layer: nn.Module) -> None:
+    """Let a convolution or linear layer that lost channels know that the bias it got belongs to its original, too."""
+    mark = original_widths(layer)
+    if mark is not None:
+        name = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+        mark["shapes"].setdefault("bias", [mark["attributes"][name]])
+
+
 def move_mark(old: nn.Module, new: nn.Module) -> None:
     """Let the replacement of a layer know that the layer had lost channels."""
     mark = original_widths(old)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bsdp
+from tests.helpers.channel_removal import TRACEABLE, halved, traceable_batch, traceable_net
 from tests.helpers.nets import make_input, make_net
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -267,3 +268,14 @@ def test_nothing_to_fold() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     folding = bsdp.fold_batch_norm(model, torch.randn(1, 3))
     assert str(folding).startswith("0 batch norms folded") and folding.model is not model
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_networks_that_lost_channels_are_still_compared_with_the_original(name: str) -> None:
+    example = traceable_batch(name, batch=1)
+    original = traceable_net(name).eval()
+    expected = bsdp.describe(bsdp.fold_batch_norm(original, example).model, example)
+    pruned = bsdp.fold_batch_norm(halved(original, example), example).model
+    stats = bsdp.describe(pruned, example)
+    assert (stats.params_original, stats.macs_original) == (expected.params, expected.macs)
+    assert stats.params == sum(p.numel() for p in pruned.parameters()) < expected.params
