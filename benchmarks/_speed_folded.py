@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import bsdp
 from benchmarks._speed_common import Row, build, milliseconds
+from bsdp.channel_selection import ChannelCost
 from bsdp.cost import ModelCost
+from bsdp.stats import described_layers, measure_positions
 
 NETWORKS = (
     ("bsdp:resnet56", 32),
@@ -25,17 +27,29 @@ NETWORKS = (
     ("torchvision:mobilenet_v2", 64),
 )
 ENGINES = ("eager", "channels_last", "compile", "onnxruntime")
+SELECTIONS = ("macs", "multiples", "latency", "channels", "channel_multiples", "uniform")
+_CHANNELS: dict[str, dict[str, Any]] = {
+    "channels": {"ranking": "per_cost"},
+    "channel_multiples": {"ranking": "per_cost", "round_to": 8},
+    "uniform": {"ranking": "local", "round_to": 16},
+}
 _SHARE = 0.5
 
 
 def folded(options: argparse.Namespace) -> Iterator[Row]:
     """Speed-up over MAC reduction of networks cut to half of their MACs, with random weights.
 
-    Three selections, by the sum of squared singular values that they keep:
+    Of bases, by the sum of squared singular values that they keep:
 
       macs       half of the MACs, per_cost, any rank: the default of the pruner
       multiples  the same with ranks that are multiples of eight
       latency    as long a pass, by the latency table, as `macs` has, on the hull: keeps more in the same time
+
+    Of channels, by the sum of the squared weights of the filters that make them (`energy_kept` is of those):
+
+      channels            half of the MACs, per_cost: the default of the pruner
+      channel_multiples   the same with widths that are multiples of eight
+      uniform             the same share of every group, widths that are multiples of sixteen
 
     Batch norms are folded in all networks, the original one included. The table is measured in eager mode at the batch
     size of the row, with channels last for that engine.
@@ -57,9 +71,13 @@ def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Na
     image = torch.randn(1, 3, size, size)
     network = build(backbone).eval()
     networks, kept = {"original": bsdp.fold_batch_norm(network, image).model}, {"original": 1.0}
-    table = _table(network, image, batch, channels_last=engine == "channels_last")
+    table: bsdp.LatencyTable | None = None
     for selection in options.selections:
-        cut, kept[selection] = _cut(network, image, selection, table)
+        if selection in _CHANNELS:
+            cut, kept[selection] = _cut_channels(network, image, **_CHANNELS[selection])
+        else:
+            table = table or _table(network, image, batch, channels_last=engine == "channels_last")
+            cut, kept[selection] = _cut(network, image, selection, table)
         networks[selection] = bsdp.fold_batch_norm(bsdp.fold(cut), image).model
     macs = {name: bsdp.describe(module, image).macs or 0 for name, module in networks.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +129,34 @@ def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyT
     bsdp.prune(network, plan)
     left = sum(float(pair.scaling.sigma.square().sum()) for pair in bsdp.named_pairs(network).values())
     return network, left / sum(float(score.sum()) for score in scores.values())
+
+
+def _cut_channels(network: nn.Module, image: Tensor, **options: Any) -> tuple[nn.Module, float]:
+    """A copy that lost channels with half of the MACs, and the share of the squared weights that it keeps."""
+    network = copy.deepcopy(network)
+    groups = bsdp.channel_groups(network, image)
+    scores = {name: _filter_energy(network, group) for name, group in groups.items()}
+    norms = {m.layer for group in groups.values() for m in group.members if m.batch_norm}
+    layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
+    macs = bsdp.describe(network, image).macs
+    assert macs is not None
+    cost = ChannelCost(
+        network, groups, total=macs, kind="macs", positions=measure_positions(network, layers, image), new_bias=False
+    )
+    plan = bsdp.select_channels(scores, cost, budget=_SHARE * macs, **options)
+    bsdp.remove_channels(network, bsdp.plan_removal(network, image, groups, plan.remove))
+    lost = sum(float(scores[name][units].sum()) for name, units in plan.remove.items())
+    return network, 1 - lost / sum(float(score.sum()) for score in scores.values())
+
+
+def _filter_energy(network: nn.Module, group: bsdp.ChannelGroup) -> Tensor:
+    """The sum of the squared weights that make each unit of a group."""
+    energy = torch.zeros(group.size)
+    for member in group.sides("out"):
+        weight = network.get_submodule(member.layer).weight
+        assert isinstance(weight, Tensor)
+        energy += weight.detach().flatten(1).square().sum(1)[member.index].sum(1)
+    return energy
 
 
 def _time_of(cost: ModelCost, ranks: Mapping[str, int]) -> int:

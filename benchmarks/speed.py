@@ -7,7 +7,7 @@
     python benchmarks/speed.py growth                 how that grows with the width of a layer and the number of images
     python benchmarks/speed.py parallel               whether layers side by side are decomposed faster
     python benchmarks/speed.py folded                 speed-up over MAC reduction, by selection, in eager mode
-    python benchmarks/speed.py folded --engines compile,onnxruntime
+    python benchmarks/speed.py folded --engines compile,onnxruntime --selections macs,channels
     python benchmarks/speed.py profile                where the time of the original and the pruned network goes
 
 Every part prints a Markdown table and writes its rows, as they come, to benchmarks/results/speed_PART.json (`--output`
@@ -88,8 +88,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batches", type=int, default=16, help="callbacks: batches in an epoch")
     result.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="folded, profile: images in a pass")
     result.add_argument("--engines", type=_words(_speed_folded.ENGINES), default=["eager", "channels_last"])
-    selections = ("macs", "multiples", "latency")
-    result.add_argument("--selections", type=_words(selections), default=list(selections), help="folded")
+    selections = _speed_folded.SELECTIONS
+    result.add_argument("--selections", type=_words(selections), default=list(selections), help="folded: what is cut")
     result.add_argument("--images", type=int, default=4, help="decompose: images for the statistics")
     result.add_argument("--repeats", type=int, help="timed rounds")
     result.add_argument("--threads", type=int, default=1)

@@ -61,6 +61,14 @@ def test_folded_networks_keep_more_in_the_same_time(tmp_path: Path) -> None:
     assert rows["multiples"]["mac_reduction"] >= 2
 
 
+def test_networks_that_lost_channels_are_timed(tmp_path: Path) -> None:
+    words = ("folded", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1", "--engines", "eager", "--repeats", "1")
+    rows = {row["selection"]: row for row in rows_of(tmp_path, *words, "--selections", "channels,uniform")}
+    for row in rows.values():
+        assert 1.95 < row["mac_reduction"] < 2.2 and 0.4 < row["energy_kept"] < 0.9
+    assert rows["channels"]["energy_kept"] > rows["uniform"]["energy_kept"]
+
+
 def test_the_profile_covers_the_whole_pass(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "profile", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1")
     assert sum(row["share_of_original_time"] for row in rows) == pytest.approx(1.0)
