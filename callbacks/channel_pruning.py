@@ -91,7 +91,8 @@ class ChannelPruning(RoundPruning):
         distillation_temperature: Temperature of the class probabilities that are compared.
         distillation_module: Dotted name of the module that returns the class scores ``[batch, classes]``. Default: the
             one child of the module with parameters, else the module itself.
-        round_to: Leave multiples of so many channels in every group that is cut, for hardware that likes them.
+        round_to: Leave multiples of so many channels in every group that is cut, for hardware that likes them: 16 with
+            ``ranking: local`` for one image at a time on a CPU with AVX-512.
         min_channels: Channels that every group keeps at least.
         max_group_ratio: Largest share of a group that one round may remove.
         threshold: Only remove channels whose importance is below it, whatever the budget says. Default: no limit.
