@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ sys.path = [str(ROOT), *(folder for folder in sys.path if Path(folder).resolve()
 import torch  # noqa: E402
 
 from benchmarks import _speed_decompose, _speed_folded, _speed_training  # noqa: E402
+from benchmarks._runs import commit  # noqa: E402
 from benchmarks._speed_common import Row, facts, markdown  # noqa: E402
 from benchmarks._tables import write_text  # noqa: E402
 
@@ -60,13 +62,15 @@ def main(words: Sequence[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     before: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows: list[Row] = []
+    words = sys.argv[1:] if words is None else words
+    command = {"command": shlex.join(["python", "benchmarks/speed.py", *words]), "commit": commit()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for row in PARTS[options.part](options):
-            rows.append(row | {key: value for key, value in facts().items() if key not in row})
+            rows.append(row | {key: value for key, value in (facts() | command).items() if key not in row})
             lines = ",\n".join("  " + json.dumps(kept) for kept in merged(before, rows))
             write_text(path, f"[\n{lines}\n]\n")  # after every row: a long part may be stopped
-    hidden = {"part", *facts()}
+    hidden = {"part", *facts(), *command}
     print(markdown([{key: value for key, value in row.items() if key not in hidden} for row in rows]))
     print(f"{path}: {len(merged(before, rows))} rows")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,9 @@ def test_networks_that_lost_channels_are_timed(tmp_path: Path) -> None:
     rows = {row["selection"]: row for row in rows_of(tmp_path, *words, "--selections", "channels,uniform")}
     for row in rows.values():
         assert 1.95 < row["mac_reduction"] < 2.2 and 0.4 < row["energy_kept"] < 0.9
+        assert (
+            row["command"].startswith("python benchmarks/speed.py folded --networks bsdp:resnet20,8") and row["commit"]
+        )
     assert rows["channels"]["energy_kept"] > rows["uniform"]["energy_kept"]
 
 
@@ -86,7 +90,7 @@ def test_decomposing_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeyp
         calls.append(command[3:])
         return type("Done", (), {"returncode": 0, "stdout": f"noise\n{json.dumps(row)}\n"})
 
-    monkeypatch.setattr(_speed_decompose.subprocess, "run", run)
+    monkeypatch.setattr(_speed_decompose, "subprocess", SimpleNamespace(run=run))
     rows_of(tmp_path, "decompose", "--networks", "bsdp:resnet20")
     assert calls == [["bsdp:resnet20", metric, "4", "1"] for metric in ("euclidean", "activation")]
 
