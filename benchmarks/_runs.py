@@ -243,6 +243,9 @@ def shown(path: Path) -> str:
 
 
 def commit() -> str:
-    """Commit of the working tree, with ``-dirty`` where files differ from it."""
+    """Commit of the working tree, with ``-dirty`` where files differ from it; ``unknown`` without git."""
     words = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"

@@ -339,3 +339,8 @@ def test_the_kept_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> No
     assert shown in (compare.ROOT / "RESULTS.md").read_text()
     with pytest.raises(SystemExit, match="there is no file"):
         compare.main(["--show", "none.json"])
+
+
+def test_rows_can_be_written_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _runs.commit() == "unknown"

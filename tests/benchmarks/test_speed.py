@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import speed
+from benchmarks._runs import commit
 from benchmarks._speed_common import Row, markdown, milliseconds
 from benchmarks._speed_training import _peak_memory
 
@@ -67,9 +68,8 @@ def test_networks_that_lost_channels_are_timed(tmp_path: Path) -> None:
     rows = {row["selection"]: row for row in rows_of(tmp_path, *words, "--selections", "channels,uniform")}
     for row in rows.values():
         assert 1.95 < row["mac_reduction"] < 2.2 and 0.4 < row["energy_kept"] < 0.9
-        assert (
-            row["command"].startswith("python benchmarks/speed.py folded --networks bsdp:resnet20,8") and row["commit"]
-        )
+        assert row["command"].startswith("python benchmarks/speed.py folded --networks bsdp:resnet20,8")
+        assert row["commit"] == commit()
     assert rows["channels"]["energy_kept"] > rows["uniform"]["energy_kept"]
 
 
