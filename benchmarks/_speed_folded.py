@@ -27,12 +27,18 @@ NETWORKS = (
     ("torchvision:mobilenet_v2", 64),
 )
 ENGINES = ("eager", "channels_last", "compile", "onnxruntime")
-SELECTIONS = ("macs", "multiples", "latency", "channels", "channel_multiples", "uniform")
+SELECTIONS = (
+    *("macs", "multiples", "latency", "channels", "channel_multiples", "uniform"),
+    *("channel_latency", "channel_half_time"),
+)
 _CHANNELS: dict[str, dict[str, Any]] = {
     "channels": {"ranking": "per_cost"},
     "channel_multiples": {"ranking": "per_cost", "round_to": 8},
     "uniform": {"ranking": "local", "round_to": 16},
+    "channel_latency": {"ranking": "per_cost"},
+    "channel_half_time": {"ranking": "per_cost"},
 }
+_TIMED = ("channel_latency", "channel_half_time")
 _SHARE = 0.5
 
 
@@ -50,8 +56,10 @@ def folded(options: argparse.Namespace) -> Iterator[Row]:
       channels            half of the MACs, per_cost: the default of the pruner
       channel_multiples   the same with widths that are multiples of eight
       uniform             the same share of every group, widths that are multiples of sixteen
+      channel_latency     as long a pass, by the table of widths, as `channels` has: keeps more in the same time
+      channel_half_time   half of the time, by the table
 
-    Batch norms are folded in all networks, the original one included. The table is measured in eager mode at the batch
+    Batch norms are folded in all networks, the original one included. Tables are measured in eager mode at the batch
     size of the row, with channels last for that engine.
     """
     for backbone, size, *_ in options.networks or NETWORKS:
@@ -72,9 +80,12 @@ def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Na
     network = build(backbone).eval()
     networks, kept = {"original": bsdp.fold_batch_norm(network, image).model}, {"original": 1.0}
     table: bsdp.LatencyTable | None = None
+    widths: bsdp.ChannelLatencyTable | None = None
     for selection in options.selections:
         if selection in _CHANNELS:
-            cut, kept[selection] = _cut_channels(network, image, **_CHANNELS[selection])
+            if selection in _TIMED and widths is None:
+                widths = _width_table(networks["original"], image, batch, channels_last=engine == "channels_last")
+            cut, kept[selection] = _cut_channels(network, image, selection, widths)
         else:
             table = table or _table(network, image, batch, channels_last=engine == "channels_last")
             cut, kept[selection] = _cut(network, image, selection, table)
@@ -113,6 +124,14 @@ def _table(network: nn.Module, image: Tensor, batch: int, *, channels_last: bool
     return bsdp.measure_latency_table(network, image, batch_size=batch, repeats=15 if batch < 8 else 3, warmup=1)
 
 
+def _width_table(network: nn.Module, image: Tensor, batch: int, *, channels_last: bool) -> bsdp.ChannelLatencyTable:
+    """Times of the layers of a network, by width."""
+    if channels_last:
+        network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        image = image.contiguous(memory_format=torch.channels_last)
+    return bsdp.measure_channel_latency_table(network, image, batch_size=batch, repeats=15 if batch < 8 else 5)
+
+
 def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyTable) -> tuple[nn.Module, float]:
     """A decomposed copy with the MACs halved, and the share of the squared singular values that it keeps."""
     network = copy.deepcopy(network)
@@ -131,19 +150,26 @@ def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyT
     return network, left / sum(float(score.sum()) for score in scores.values())
 
 
-def _cut_channels(network: nn.Module, image: Tensor, **options: Any) -> tuple[nn.Module, float]:
-    """A copy that lost channels with half of the MACs, and the share of the squared weights that it keeps."""
-    network = copy.deepcopy(network)
+def _cut_channels(
+    network: nn.Module, image: Tensor, selection: str, table: bsdp.ChannelLatencyTable | None
+) -> tuple[nn.Module, float]:
+    """A copy that lost channels, and the share of the squared weights that it keeps."""
+    network, whole = copy.deepcopy(network), network
     groups = bsdp.channel_groups(network, image)
     scores = {name: _filter_energy(network, group) for name, group in groups.items()}
     norms = {m.layer for group in groups.values() for m in group.members if m.batch_norm}
     layers = described_layers(network) | {name: network.get_submodule(name) for name in norms}
     macs = bsdp.describe(network, image).macs
     assert macs is not None
-    cost = ChannelCost(
-        network, groups, total=macs, kind="macs", positions=measure_positions(network, layers, image), new_bias=False
-    )
-    plan = bsdp.select_channels(scores, cost, budget=_SHARE * macs, **options)
+    total, budget, options = macs, _SHARE * macs, {"kind": "macs", "new_bias": False}
+    if selection in _TIMED:
+        assert table is not None
+        total, options = table.original_ns, {"kind": "latency", "latency": table}
+        same = selection == "channel_latency"
+        budget = table.of(_cut_channels(whole, image, "channels", None)[0]) if same else _SHARE * total
+    positions = measure_positions(network, layers, image)
+    cost = ChannelCost(network, groups, total=total, positions=positions, **options)
+    plan = bsdp.select_channels(scores, cost, budget=budget, **_CHANNELS[selection])
     bsdp.remove_channels(network, bsdp.plan_removal(network, image, groups, plan.remove))
     lost = sum(float(scores[name][units].sum()) for name, units in plan.remove.items())
     return network, 1 - lost / sum(float(score.sum()) for score in scores.values())

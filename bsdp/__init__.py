@@ -9,8 +9,11 @@ from bsdp.calibration import collect_output_moments, rebase
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_group import ChannelGroup, UntraceableError
 from bsdp.channel_importance import ChannelScores
-from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
+from bsdp.channel_latency import ChannelLatencyTable, LayerWidths
+from bsdp.channel_latency_measuring import measure_channel_latency_table
+from bsdp.channel_pruner import ChannelPruner
 from bsdp.channel_selection import ChannelCost, ChannelPlan, select_channels
+from bsdp.channel_settings import ChannelPruningSettings
 from bsdp.channel_surgery import remove_channels
 from bsdp.compensated_pruner import CompensatedResult, compensated_prune
 from bsdp.compress import CompressionResult, compress
@@ -54,6 +57,7 @@ __all__ = [
     "BatchNormFolding",
     "ChannelCost",
     "ChannelGroup",
+    "ChannelLatencyTable",
     "ChannelPlan",
     "ChannelPruner",
     "ChannelPruningSettings",
@@ -72,6 +76,7 @@ __all__ = [
     "LayerLatency",
     "LayerMoment",
     "LayerStats",
+    "LayerWidths",
     "ModelCost",
     "ModelStats",
     "PruningPlan",
@@ -109,6 +114,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_delta",
+    "measure_channel_latency_table",
     "measure_cost",
     "measure_latency",
     "measure_latency_table",

@@ -4,128 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.channel_check import check_training
 from bsdp.channel_criteria import data_free_scores
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_group import ChannelGroup
-from bsdp.channel_importance import CRITERIA, ChannelScores
+from bsdp.channel_importance import ChannelScores
+from bsdp.channel_latency import ChannelLatencyTable
 from bsdp.channel_means import InputMeans, move_means_to_bias
 from bsdp.channel_scales import ScaleScores, add_scales, keep_scales
-from bsdp.channel_selection import (
-    CHANNEL_KINDS,
-    CHANNEL_RANKINGS,
-    ChannelCost,
-    ChannelPlan,
-    least_units,
-    makers_of,
-    select_channels,
-)
+from bsdp.channel_selection import NO_WIDTHS, ChannelCost, ChannelPlan, least_units, makers_of, select_channels
+from bsdp.channel_settings import SCALED, ChannelPruningSettings
 from bsdp.channel_surgery import remove_channels
 from bsdp.cost import ModelCost
 from bsdp.layers import layer_groups, named_pairs
 from bsdp.optimizers import Turns, held_by, held_parts
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
-from bsdp.round_settings import RoundSettings, out_of_rounds
+from bsdp.round_settings import out_of_rounds
 from bsdp.rounds import RoundPruner
 from bsdp.scale_hooks import scales_of
 from bsdp.sparsifiers import add_l1_gradient
 from bsdp.stats import described_layers, layer_rows, measure_cost, measure_positions
 from bsdp.widths import widths_of
-
-SCALED = ("channel_scaling", "transtailor")  # criteria that train one factor per channel
-ALL_CRITERIA = (*CRITERIA, "transtailor")
-_UNTRAINED = ("l1", "l2", "fpgm", "random")
-
-
-@dataclass(frozen=True)
-class ChannelPruningSettings(RoundSettings):
-    """Settings of iterative channel pruning; checked when made.
-
-    Attributes:
-        target: Share of the original model to remove, in (0, 1).
-        target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"channels"``.
-        rounds: Number of cuts.
-        schedule: How the removal is spread over the rounds, see `kept_share`.
-        warmup_epochs: Epochs before the first cut.
-        epochs_per_round: Epochs of training after each cut.
-        tolerance: Largest allowed fall of the monitored value below the reference; None for no limit.
-        mode: ``"max"`` if a higher value is better, else ``"min"``.
-        patience_rounds: Rounds in a row that may end below the tolerance before pruning stops: 1 stops at the first.
-        distillation: Weight, in [0, 1], of what the unpruned model says against the labels, see `Distiller`; 0: none.
-        distillation_temperature: See `distillation_loss`.
-        distillation_module: Name of the module that returns the class scores; None for the network.
-        criterion: Score of a channel, one of `ALL_CRITERIA`.
-        channel_ranking: How scores of different groups compare, see `select_channels`. None chooses ``"priority"`` for
-            ``"activation_cumsum"``, else ``"per_cost"`` for a budget of MACs, else ``"global"``.
-        normalize: See `ChannelScores`.
-        min_channels: Channels (units) that every group keeps at least.
-        max_group_ratio: Largest share of a group that one cut may remove.
-        round_to: Groups keep multiples of so many channels.
-        threshold: Remove no channel of at least this importance; None for no limit.
-        theta: Share of the cumulative sum of activations that the ranking ``"priority"`` keeps.
-        macs_penalty: What a channel's importance loses per share of the MACs that it costs (Molchanov et al. 2016).
-        l1: L1 penalty on batch-norm weights (``"bn_scale"``) or channel factors (``"channel_scaling"``) until the last
-            cut.
-        exclude: Names of layers whose channels must stay.
-        seed: Of ``"random"``.
-        mean_to_bias: Move the mean of removed channels (and bases) into the biases of the layers that read them, where
-            these have one.
-    """
-
-    kinds: ClassVar[tuple[str, ...]] = CHANNEL_KINDS
-    unscored: ClassVar[str] = "criterion='l1', 'l2', 'fpgm' or 'random'"
-
-    criterion: str = "taylor_2019"
-    channel_ranking: str | None = None
-    normalize: str = "auto"
-    min_channels: int = 1
-    max_group_ratio: float = 0.95
-    round_to: int = 1
-    threshold: float | None = None
-    theta: float = 0.98
-    macs_penalty: float = 0.0
-    l1: float = 0.0
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    mean_to_bias: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice("criterion", self.criterion, ALL_CRITERIA)
-        if self.channel_ranking is not None:
-            check_choice("channel_ranking", self.channel_ranking, CHANNEL_RANKINGS)
-        check_share("max_group_ratio", self.max_group_ratio)
-        check_share("theta", self.theta)
-        check_whole("min_channels", self.min_channels, 1)
-        check_whole("round_to", self.round_to, 1)
-        check_at_least("macs_penalty", self.macs_penalty, 0)
-        check_at_least("l1", self.l1, 0)
-        if self.threshold is not None:
-            check_at_least("threshold", self.threshold, 0)
-        if self.l1 and self.criterion not in ("bn_scale", *SCALED):
-            raise ValueError(
-                f"`l1={self.l1}` is a penalty on batch-norm weights or channel factors, which `criterion="
-                f"{self.criterion!r}` does not read: set it to 0, or choose 'bn_scale' or 'channel_scaling'."
-            )
-        if self.channel_ranking == "priority" and self.criterion != "activation_cumsum":
-            raise ValueError(
-                "`channel_ranking='priority'` reads the cumulative sum of activations: it goes with "
-                f"`criterion='activation_cumsum'`, not {self.criterion!r}."
-            )
-        super().__post_init__()
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether a cut needs scores of an epoch of training."""
-        return self.criterion not in _UNTRAINED
 
 
 class ChannelStage:
@@ -137,14 +44,25 @@ class ChannelStage:
         settings: With the fields of `ChannelPruningSettings` that concern channels.
         kind: What budgets count.
         new_bias: Whether cuts of bases move means into biases.
+        latency: For budgets of latency: the times of the layers by width.
 
     Raises:
         UntraceableError: If the dependencies between channels cannot be found, or a layer reads them in training only.
         ValueError: If the criterion does not go with the network.
     """
 
-    def __init__(self, network: nn.Module, example: Any, settings: Any, *, kind: str, new_bias: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        example: Any,
+        settings: Any,
+        *,
+        kind: str,
+        new_bias: bool = False,
+        latency: ChannelLatencyTable | None = None,
+    ) -> None:
         self.network, self.settings, self.kind, self.new_bias = network, settings, kind, new_bias
+        self.latency = latency
         self.example = as_inputs(example)
         self.groups = channel_groups(network, self.example, exclude=settings.exclude)
         check_training(network, self.example, self.groups)
@@ -241,7 +159,13 @@ class ChannelStage:
         total = 0 if self.kind == "channels" else cost.deployed(ranks, self.kind)
         options: dict[str, Any] = {"kind": self.kind, "new_bias": self.new_bias}
         return ChannelCost(
-            self.network, self.groups, total=total, positions=self.positions, makers=self.makers, **options
+            self.network,
+            self.groups,
+            total=total,
+            positions=self.positions,
+            makers=self.makers,
+            latency=self.latency,
+            **options,
         )
 
     def least(self) -> dict[str, int]:
@@ -270,7 +194,7 @@ class ChannelStage:
             scores,
             reckoning,
             budget=budget,
-            ranking=settings.channel_ranking or _usual_ranking(settings),
+            ranking=settings.ranking_of_channels,
             min_channels=self.least(),
             max_group_ratio=settings.max_group_ratio,
             round_to=settings.round_to,
@@ -327,13 +251,6 @@ class ChannelStage:
         self.makers = list(state.get("makers", self.makers))  # older files have none
 
 
-def _usual_ranking(settings: ChannelPruningSettings) -> str:
-    """The ranking that goes with the criterion and with what the target counts."""
-    if settings.criterion == "activation_cumsum":
-        return "priority"
-    return "per_cost" if settings.target_kind == "macs" else "global"
-
-
 def _kept(groups: Mapping[str, ChannelGroup], remove: Mapping[str, Tensor]) -> Tensor:
     """Positions, among the units of all groups in a row, of those that stay."""
     keep, first = [], 0
@@ -357,6 +274,11 @@ class ChannelPruner(RoundPruner):
         cost: Cost of the network; None to measure it.
         network: Dotted name of the network inside `model`; "" for the model itself.
         monitor: Name of the observed value, for reports.
+        latency: Times of the layers by width, for ``target_kind="latency"``.
+
+    Raises:
+        UntraceableError: If the dependencies between channels cannot be found.
+        ValueError: If the target is out of reach, or the table is missing or of another network.
     """
 
     def __init__(
@@ -368,10 +290,18 @@ class ChannelPruner(RoundPruner):
         cost: ModelCost | None = None,
         network: str = "",
         monitor: str = "accuracy",
+        latency: ChannelLatencyTable | None = None,
     ) -> None:
         part = model.get_submodule(network) if network else model
+        if settings.target_kind == "latency":
+            check_plain(part)
+            if latency is None:
+                raise ValueError(f"`target_kind='latency'`: {NO_WIDTHS}")
         cost = measure_cost(part, as_inputs(example), new_bias=False) if cost is None else cost
-        self.stage = ChannelStage(part, example, settings, kind=settings.target_kind)
+        self.stage = ChannelStage(part, example, settings, kind=settings.target_kind, latency=latency)
+        if latency is not None:
+            latency.check(part, makers_of(self.stage.groups))
+            cost = replace(cost, fixed_latency=latency.of(part))
         super().__init__(model, settings, cost, {"channel": self.stage}, network=network, monitor=monitor)
         if self.original_known:
             self.check_target()
@@ -414,11 +344,22 @@ class ChannelPruner(RoundPruner):
 
     def measured_cost(self) -> ModelCost:
         """Cost of the network as it is now."""
-        return measure_cost(self.network, self.stage.example, new_bias=self.stage.new_bias)
+        cost = measure_cost(self.network, self.stage.example, new_bias=self.stage.new_bias)
+        table = self.stage.latency
+        return cost if table is None else replace(cost, fixed_latency=table.of(self.network))
 
     def describe(self, record: RoundRecord) -> RoundRecord:
         """Add channels and layers."""
         return describe_channels(record, self.stage)
+
+
+def check_plain(network: nn.Module) -> None:
+    """Refuse a budget of latency for a decomposed network, whose times by width nobody measures."""
+    if named_pairs(network):
+        raise ValueError(
+            "`target_kind: latency` of channels counts with times of plain layers, and this network is decomposed: "
+            "prune its bases with that budget (`IterativeBasisPruning`), or leave `BasisDecomposition` out."
+        )
 
 
 def smallest_cost(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from bsdp.channel_group import ChannelGroup
 from bsdp.importance import NoScoresError
-from bsdp.layers import BasisPair, set_data
+from bsdp.layers import BasisPair, layer_inputs, set_data
 from bsdp.pruning import cut_optimizer_state
-from bsdp.scale_hooks import ChannelScales, reader_inputs, scales_of
+from bsdp.scale_hooks import ChannelScales, scales_of
 
 
 def scale_layout(network: nn.Module, groups: Mapping[str, ChannelGroup]) -> tuple[dict[str, list[int]], int]:
@@ -35,7 +35,7 @@ def scale_layout(network: nn.Module, groups: Mapping[str, ChannelGroup]) -> tupl
     for group in groups.values():
         for member in group.sides("in"):
             layer = network.get_submodule(member.layer)
-            index = readers.setdefault(member.layer, [0] * reader_inputs(layer))
+            index = readers.setdefault(member.layer, [0] * layer_inputs(layer))
             for unit, positions in enumerate(member.index.tolist()):
                 for position in positions:
                     index[position] = first + unit

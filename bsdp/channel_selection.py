@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.channel_criteria import kept_by_cumsum
 from bsdp.channel_group import ChannelGroup
+from bsdp.channel_latency import ChannelLatencyTable
 from bsdp.cost import LayerCost, Positions, layer_cost
-from bsdp.layers import BasisPair, weight_of
-from bsdp.scale_hooks import reader_inputs
+from bsdp.layers import BasisPair, layer_inputs, weight_of
 
 CHANNEL_KINDS = ("params", "macs", "channels")
+TIMED_CHANNEL_KINDS = (*CHANNEL_KINDS, "latency")
 CHANNEL_RANKINGS = ("global", "per_cost", "local", "isomorphic", "priority")
+NO_WIDTHS = (
+    "latency by width was not measured: give a table (`bsdp.measure_channel_latency_table(network, example)` or "
+    "`bsdp.ChannelLatencyTable.load(path)`)."
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,16 @@ class ChannelCost:
         model: The network, plain or decomposed.
         groups: Its groups, from `channel_groups`.
         total: Cost of the folded network now, in units of `kind`; not needed for ``"channels"``.
-        kind: ``"params"``, ``"macs"`` or ``"channels"``.
+        kind: ``"params"``, ``"macs"``, ``"channels"`` or, by a table, ``"latency"``.
         positions: Positions of the layers per example, for ``"macs"`` (see `measure_positions`). Batch norms count
             if they are among them.
         new_bias: Whether a pair below full rank has a bias that the original lacked.
         makers: For ``"channels"``: layers whose outputs count wherever they are members; None for those that make a
             group now. A grouped convolution that is down to one channel per group makes none any more.
+        latency: For ``"latency"``: the times of the layers by width.
+
+    Raises:
+        ValueError: If the kind is not allowed, or its table is missing.
     """
 
     def __init__(
@@ -82,8 +91,12 @@ class ChannelCost:
         positions: Mapping[str, Positions] | None = None,
         new_bias: bool = True,
         makers: Collection[str] | None = None,
+        latency: ChannelLatencyTable | None = None,
     ) -> None:
-        check_choice("kind", kind, CHANNEL_KINDS)
+        check_choice("kind", kind, TIMED_CHANNEL_KINDS)
+        if kind == "latency" and latency is None:
+            raise ValueError(NO_WIDTHS)
+        self.latency = latency if kind == "latency" else None
         self.makers = makers_of(groups) if makers is None else makers
         self.kind, self.new_bias = kind, new_bias
         self.groups = dict(groups)
@@ -94,7 +107,7 @@ class ChannelCost:
                 module = model.get_submodule(member.layer)
                 if member.weighted and member.layer not in self.layers:
                     self.layers[member.layer] = _layer(module, None if positions is None else positions[member.layer])
-                if not member.weighted:
+                if not member.weighted and self.latency is None:
                     more = _per_channel(module, kind, (positions or {}).get(member.layer)) * member.index.shape[1]
                     self.extra[group.name] = self.extra.get(group.name, 0.0) + more
         self.widths = {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
@@ -107,6 +120,10 @@ class ChannelCost:
         return units * self.extra.get(group, 0.0) - sum(
             after - before for _, _, before, after in self._step(group, units)
         )
+
+    def rate(self, group: str, units: int) -> float:
+        """What removing one of so many units of a group saves in the mean; times do not fall by the same for each."""
+        return self.saved(group, units) / units if self.latency is not None and units else self.saved(group)
 
     def _made(self, group: ChannelGroup) -> int:
         """Output channels per unit, of all layers that make the group."""
@@ -130,6 +147,11 @@ class ChannelCost:
                 total += layer.at(*self.widths[name], rank=rank, **options) - layer.at(*self.widths[name], **options)
         return total
 
+    def _at(self, name: str, inputs: int, outputs: int) -> int:
+        if self.latency is not None:
+            return self.latency.layers[name].at(inputs, outputs)
+        return self.layers[name].at(inputs, outputs, kind=self.kind, new_bias=self.new_bias)
+
     def _step(self, group: str, units: int) -> list[tuple[str, tuple[int, int], int, int]]:
         if self.kind == "channels":
             return []
@@ -144,10 +166,9 @@ class ChannelCost:
                     entry[1] += count
         steps = []
         for name, (fewer_inputs, fewer_outputs) in lost.items():
-            layer, (inputs, outputs) = self.layers[name], self.widths[name]
+            inputs, outputs = self.widths[name]
             widths = (max(1, inputs - fewer_inputs), max(1, outputs - fewer_outputs))
-            before = layer.at(inputs, outputs, kind=self.kind, new_bias=self.new_bias)
-            steps.append((name, widths, before, layer.at(*widths, kind=self.kind, new_bias=self.new_bias)))
+            steps.append((name, widths, self._at(name, inputs, outputs), self._at(name, *widths)))
         return steps
 
 
@@ -260,7 +281,7 @@ def signature(group: ChannelGroup, cost: ChannelCost) -> tuple[object, ...]:
 
 def _layer(module: nn.Module, positions: Positions | None) -> _Layer:
     cost = layer_cost(module, positions=positions)
-    inputs = reader_inputs(module)
+    inputs = layer_inputs(module)
     if isinstance(module, BasisPair):
         return _Layer(cost, inputs, cost.out_channels, module.rank)
     assert weight_of(module) is not None
@@ -323,7 +344,7 @@ def _steps(
     ranks = _isomorphic_ranks(ordered, cost) if ranking == "isomorphic" else {}
     for name, entry in ordered.items():
         start, highest = 0, 0.0
-        saved = max(cost.saved(name), 1e-12) if ranking == "per_cost" else 1.0
+        saved = max(cost.rate(name, sum(chunks[name])), 1e-12) if ranking == "per_cost" else 1.0
         for count in chunks[name]:
             end = start + count
             if ranking == "local":

@@ -57,7 +57,9 @@ COMMANDS = {
     "benchmark": Command(
         "bsdp.commands:benchmark", "time the original and the pruned network side by side", positional=False
     ),
-    "latency": Command("bsdp.commands:latency", "time every layer by rank and save the table for budgets of latency"),
+    "latency": Command(
+        "bsdp.commands:latency", "time every layer by rank or width and save the table for budgets of latency"
+    ),
 }
 
 

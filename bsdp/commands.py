@@ -2,18 +2,21 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bsdp import export as _export
-from bsdp._checks import check_at_least
+from bsdp._checks import check_at_least, check_choice
 from bsdp._compare import largest_difference, tolerance_for
 from bsdp.artifacts import Artifact, UnknownNetworkError, load_artifact
+from bsdp.channel_latency import ChannelLatencyTable
+from bsdp.channel_latency_measuring import measure_channel_latency_table
 from bsdp.decompose import decompose
 from bsdp.export import refuse_existing, written_beside
 from bsdp.files import load, save
+from bsdp.latency import LatencyTable
 from bsdp.latency_measuring import measure_latency_table
 from bsdp.probing import evaluating
 from bsdp.reading import reason_of
@@ -144,6 +147,7 @@ def benchmark(
 def latency(
     target: str,
     output: str,
+    by: Literal["ranks", "widths"] = "ranks",
     batch_size: int = 1,
     multiple: int = 8,
     threads: int | None = None,
@@ -153,44 +157,55 @@ def latency(
     device: str = "cpu",
     force: bool = False,
 ) -> str:
-    """Time every layer that can be decomposed, as one layer and as a pair of several ranks, and save the table.
+    """Time every layer by rank, for pruning bases, or by width, for pruning channels, and save the table.
 
-    `IterativeBasisPruning` goes by it with ``latency_table: FILE``: for budgets of latency, and to leave layers alone
-    that are faster as one layer.
+    By ranks: every layer that can be decomposed, as one layer and as a pair. `IterativeBasisPruning` goes by it with
+    ``latency_table: FILE``: for budgets of latency, and to leave layers alone that are faster as one layer. By widths:
+    every layer whose channels can go, with several numbers of inputs and outputs; for ``target_kind: latency`` of
+    `ChannelPruning`.
 
     Args:
         target: Run folder (its pruned.ckpt is taken), checkpoint, pruned.safetensors, or the name of a backbone such as
-            ``bsdp:resnet20``. A network that is not decomposed yet is, with the default settings.
+            ``bsdp:resnet20``. By ranks, a network that is not decomposed yet is, with the default settings; by
+            widths it is the original network that is timed.
         output: File to write, JSON.
+        by: ``ranks`` or ``widths``.
         batch_size: Images in a pass: that of later use.
-        multiple: Ranks to time are multiples of it, as wide as the vectors of the hardware.
+        multiple: Ranks or widths to time are multiples of it, as wide as the vectors of the hardware.
         threads: Threads of torch. Default: what torch takes by itself.
-        repeats: Timed passes per rank, after 2 passes that warm up.
+        repeats: Timed passes per rank or width, after 2 passes that warm up.
         image_size: Height and width of the images. Default: those of the run, or of the pretraining.
         channels_last: Time with channels last.
         device: ``cpu`` or ``cuda``.
         force: Replace an existing file.
     """
+    check_choice("by", by, ("ranks", "widths"))
     place, path = _device(device), Path(output).expanduser()
     refuse_existing(path, force=force)
     artifact = load_artifact(target, backbones=True)
     example, network = _example(artifact, image_size), artifact.decomposed
-    if not artifact.is_pruned:
+    if by == "widths":
+        network = artifact.original()
+    elif not artifact.is_pruned:
         decompose(network, example_input=example)
     network.to(place)
     example = example.to(place)
     if channels_last:
         network.to(memory_format=torch.channels_last)
         example = example.contiguous(memory_format=torch.channels_last)
-    table = measure_latency_table(
-        network, example, batch_size=batch_size, multiple=multiple, threads=threads, repeats=repeats
-    )
+    options: dict[str, Any] = {"multiple": multiple, "threads": threads, "repeats": repeats}
+    table: LatencyTable | ChannelLatencyTable
+    if by == "widths":
+        table = measure_channel_latency_table(network, example, batch_size=batch_size, **options)
+        which = "layers whose channels can go, and what shrinks with their outputs"
+    else:
+        table = measure_latency_table(network, example, batch_size=batch_size, **options)
+        pays = sum(layer.pair_limit > 0 for layer in table.layers.values())
+        which = f"decomposed layers; {pays} of them can get faster"
     table.save(path, force=force)
-    pays = sum(layer.pair_limit > 0 for layer in table.layers.values())
     return (
         f"{_title(artifact, example)}\n{path}: {table.original_ns / 1e6:.3g} ms for {batch_size} image(s), "
-        f"{100 * table.fixed_ns / table.original_ns:.0f} % of it outside of the {len(table.layers)} decomposed layers; "
-        f"{pays} of them can get faster"
+        f"{100 * table.fixed_ns / table.original_ns:.0f} % of it outside of the {len(table.layers)} {which}"
     )
 
 

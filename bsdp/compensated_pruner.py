@@ -8,17 +8,18 @@ tolerance, for which channels are chosen by what cannot be reconstructed, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bsdp._checks import check_at_least, check_whole
 from bsdp.channel_compensation import Compensation, collect_input_moments, unfit_groups
-from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings, ChannelStage
-from bsdp.channel_selection import ChannelCost, ChannelPlan
+from bsdp.channel_pruner import ChannelPruner, ChannelStage
+from bsdp.channel_selection import CHANNEL_KINDS, ChannelCost, ChannelPlan
+from bsdp.channel_settings import ChannelPruningSettings
 from bsdp.compensation import RIDGE
 from bsdp.cost import ModelCost
 from bsdp.folding import refuse_pairs
@@ -42,6 +43,8 @@ class CompensationSettings(ChannelPruningSettings):
         ridge: See `compensate`.
         budgeted: Whether `target` limits what goes; false: the tolerance alone does.
     """
+
+    kinds: ClassVar[Sequence[str]] = CHANNEL_KINDS
 
     criterion: str = "l1"  # nothing that needs scores
     rounds: int = 1

@@ -20,14 +20,8 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_choice
 from bsdp.basis_stage import BasisStage
-from bsdp.channel_pruner import (
-    SCALED,
-    ChannelPruningSettings,
-    ChannelStage,
-    channels_in_a_round,
-    describe_channels,
-    smallest_cost,
-)
+from bsdp.channel_pruner import ChannelStage, channels_in_a_round, describe_channels, smallest_cost
+from bsdp.channel_settings import SCALED, ChannelPruningSettings
 from bsdp.cost import ModelCost
 from bsdp.importance import DATA_FREE, IMPORTANCES, Importance, NoScoresError
 from bsdp.layers import named_pairs

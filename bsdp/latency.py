@@ -6,18 +6,14 @@ on the machine of the day. All times are whole nanoseconds of one forward pass a
 
 from __future__ import annotations
 
-import json
-import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from bsdp.reading import parse_json, shown
+from bsdp.reading import shown
+from bsdp.stored_times import StoredTimes, listed
 
-LATENCY_VERSION = 1
-_FACTS = {"fixed_ns": int, "batch_size": int, "multiple": int, "threads": int, "device": str, "torch_version": str}
 _GEOMETRY = ("fan_in", "out_channels", "groups")
 
 
@@ -75,18 +71,12 @@ class LayerLatency:
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(StoredTimes):
     """Times of all decomposed layers of a network and of the rest; a file can hold it.
 
     Attributes:
         layers: The decomposed layers by name.
-        fixed_ns: Time of everything else in a pass.
-        batch_size: Examples in the pass that was timed.
-        input_shapes: Shapes of the network's inputs for one example.
         multiple: The timed ranks are multiples of it, the smallest and the largest useful one excepted.
-        threads: Threads that torch ran on.
-        device: Name of the device.
-        torch_version: Version of torch.
 
     Example:
         >>> layer = bsdp.LayerLatency(9, 8, 1, fused_ns=100, ranks=(1, 3), pair_ns=(40, 120))
@@ -95,13 +85,8 @@ class LatencyTable:
     """
 
     layers: Mapping[str, LayerLatency]
-    fixed_ns: int
-    batch_size: int = 1
-    input_shapes: Sequence[Sequence[int]] = ()
-    multiple: int = 1
-    threads: int = 1
-    device: str = "cpu"
-    torch_version: str = ""
+
+    by: ClassVar[str] = "ranks"
 
     @property
     def original_ns(self) -> int:
@@ -133,97 +118,15 @@ class LatencyTable:
                     "`bsdp latency`)."
                 )
 
-    def other_inputs(self, shapes: Sequence[Sequence[int]]) -> str:
-        """What to say of a network that gets other inputs than those that were timed; "" if it does not.
-
-        Args:
-            shapes: Shapes of its inputs, with an axis for the examples, which does not count.
-        """
-        timed, here = ([list(shape[1:]) for shape in each] for each in (self.input_shapes, shapes))
-        if not timed or timed == here:
-            return ""
-        there, now = (", ".join(map(str, each)) for each in (timed, here))
-        return (
-            f"the latency table was measured on inputs of {there}, but the network gets {now}: its times are not those "
-            "of this network. Measure it at this size (`bsdp latency`, `bsdp.measure_latency_table`)."
-        )
-
-    def to_values(self) -> dict[str, Any]:
-        """Plain values that JSON and a checkpoint can hold."""
-        layers = {name: _listed(asdict(layer)) for name, layer in self.layers.items()}
-        facts = {key: getattr(self, key) for key in _FACTS}
-        shapes = [list(shape) for shape in self.input_shapes]
-        return {"version": LATENCY_VERSION, **facts, "input_shapes": shapes, "layers": layers}
+    @classmethod
+    def layer_values(cls, layer: Any) -> dict[str, Any]:
+        """Plain values of one layer."""
+        return listed(asdict(layer))
 
     @classmethod
-    def from_values(cls, values: Any, *, source: object = "the latency table") -> LatencyTable:
-        """The table of `to_values`.
-
-        Args:
-            values: What was read.
-            source: Where from, for errors.
-
-        Raises:
-            ValueError: If they are of another version or make no sense.
-        """
-        version = values.get("version") if isinstance(values, Mapping) else None
-        if version != LATENCY_VERSION:
-            raise ValueError(f"{source} is a latency table of version {shown(version)}, not {LATENCY_VERSION}.")
-        for key, kind in _FACTS.items():
-            if type(values.get(key)) is not kind:
-                raise ValueError(f"{source}: `{key}` must be of type {kind.__name__}, got {shown(values.get(key))}.")
-        if values["fixed_ns"] < 0 or not isinstance(values.get("layers"), Mapping):
-            raise ValueError(f"{source} has no table `layers`, or a negative `fixed_ns`.")
-        layers = {str(name): _checked_layer(name, entry, source) for name, entry in values["layers"].items()}
-        facts = {key: values[key] for key in _FACTS}
-        shapes = tuple(tuple(shape) for shape in values.get("input_shapes") or ())
-        return cls(layers=layers, input_shapes=shapes, **facts)
-
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the table as JSON, all of it or nothing.
-
-        Args:
-            path: The file.
-            force: Replace an existing file.
-
-        Raises:
-            FileExistsError: If it exists.
-        """
-        path = Path(path).expanduser()
-        if path.exists() and not force:
-            raise FileExistsError(
-                f"`output`: {str(path)!r} exists: choose another name, or replace it with `--force` (`force=True` in "
-                "Python)."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(json.dumps(self.to_values(), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Read a table; whether it is of a given network, `check` tells.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is no latency table.
-        """
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"`latency_table`: no such file: {path}. Make one with `bsdp latency`.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no latency table: it is not text.") from error
-        return cls.from_values(parse_json(text, path), source=path)
-
-
-def _listed(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    def layer_from_values(cls, name: object, entry: Any, source: object) -> LayerLatency:
+        """The layer of `layer_values`."""
+        return _checked_layer(name, entry, source)
 
 
 def _checked_layer(name: object, entry: Any, source: object) -> LayerLatency:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bsdp.layers import BasisPair, named_pairs, weight_of
 from bsdp.probing import as_inputs, evaluating
 from bsdp.speed import using_threads
 from bsdp.stats import measure_cost
+from bsdp.stopwatches import Stopwatch, nothing, standing_in
 
 _FUSED = 0  # the rank that stands for one layer
 
@@ -72,20 +72,41 @@ def measure_latency_table(
         raise ValueError("`model` has no decomposed layer: call `bsdp.decompose` first.")
     one = as_inputs(example_input)
     costs = measure_cost(model, one).layers
-    inputs = tuple(_repeated(value, batch_size) for value in one)
+    inputs = repeated(one, batch_size)
     grids = {name: rank_grid(cost, multiple=multiple, points=points) for name, cost in costs.items()}
     pairs = {name: pair for name, pair in named_pairs(model).items() if not costs[name].whole}
     with torch.random.fork_rng():
         clocks = {name: _Clock(pair, grids[name]) for name, pair in pairs.items()}
-    cuda = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
+    cuda = on_gpu(inputs)
     with using_threads(threads), torch.inference_mode():
         fixed = _run(model, inputs, clocks, points=points, repeats=repeats, warmup=warmup, cuda=cuda)
         used = torch.get_num_threads()
     layers = {name: _layer_latency(costs[name], clocks.get(name)) for name in costs}
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    shapes = tuple(tuple(value.shape) for value in one if isinstance(value, Tensor))
-    facts = {"threads": used, "device": device, "torch_version": str(torch.__version__)}
-    return LatencyTable(layers, fixed, batch_size, shapes, multiple, **facts)  # type: ignore[arg-type]
+    return LatencyTable(layers, fixed, **facts_of(one, batch_size=batch_size, multiple=multiple, threads=used))
+
+
+def facts_of(inputs: tuple[Any, ...], *, batch_size: int, multiple: int, threads: int) -> dict[str, Any]:
+    """What a table says of its measurement.
+
+    Args:
+        inputs: The network's inputs with one example.
+        batch_size: Examples in the timed pass.
+        multiple: What the timed sizes are multiples of.
+        threads: Threads that torch ran on.
+    """
+    return {
+        "batch_size": batch_size,
+        "input_shapes": tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
+        "multiple": multiple,
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if on_gpu(inputs) else "cpu",
+        "torch_version": str(torch.__version__),
+    }
+
+
+def on_gpu(inputs: tuple[Any, ...]) -> bool:
+    """Whether any of some inputs is on a GPU."""
+    return any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
 
 
 def rank_grid(cost: LayerCost, *, multiple: int, points: int) -> tuple[int, ...]:
@@ -99,10 +120,13 @@ def rank_grid(cost: LayerCost, *, multiple: int, points: int) -> tuple[int, ...]
     top = LayerCost(**{**vars(cost), "pair_limit": None}).largest_useful_rank
     if top < 1:
         return ()
-    between = list(range(multiple, top, multiple))
-    count = min(len(between), points - 2)
-    chosen = {between[(2 * i + 1) * len(between) // (2 * count)] for i in range(count)}
-    return tuple(sorted({1, *chosen, top}))
+    return tuple(sorted({1, *spread(range(multiple, top, multiple), points - 2), top}))
+
+
+def spread(sizes: Sequence[int], count: int) -> list[int]:
+    """At most so many of some sizes, evenly spread."""
+    count = min(len(sizes), count)
+    return [sizes[(2 * i + 1) * len(sizes) // (2 * count)] for i in range(count)]
 
 
 def rising(times: Iterable[float]) -> list[int]:
@@ -130,28 +154,23 @@ class _Clock:
     pair: BasisPair
     ranks: tuple[int, ...]
     times: dict[int, list[int]] = field(default_factory=dict)
-    spent: int = 0
     rank: int = _FUSED
 
     def __post_init__(self) -> None:
         self.forms = _forms(self.pair, self.ranks)
+        self.watch = Stopwatch(nothing)
 
     def at(self, share: float) -> None:
         """Take the rank at a share of the grid; without a grid stay one layer."""
         self.rank = self.ranks[round(share * (len(self.ranks) - 1))] if self.ranks else _FUSED
 
-    def forward(self, synchronize: Callable[[], None], *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """What the pair's forward is while times are taken."""
-        synchronize()
-        start = time.perf_counter_ns()
-        outputs = self.forms[self.rank](*arguments, **named)
-        synchronize()
-        self.spent += time.perf_counter_ns() - start
-        return outputs
+        return self.watch.time(self.forms[self.rank], *arguments, **named)
 
     def take(self) -> int:
         """Note and return what was spent since the last call."""
-        spent, self.spent = self.spent, 0
+        spent = self.watch.take()
         self.times.setdefault(self.rank, []).append(spent)
         return spent
 
@@ -171,11 +190,16 @@ def _forms(pair: BasisPair, ranks: tuple[int, ...]) -> dict[int, nn.Module]:
             form[0].weight = nn.Parameter(largest[: pair.groups * rank], requires_grad=False)
         forms[rank] = form
     for form in forms.values():
-        for parameter in form.parameters():
-            # Unwritten memory, and features that fade away, hold numbers on which processors are slow.
-            bound = math.sqrt(6.0 / max(1, parameter.numel() // parameter.shape[0]))
-            parameter.uniform_(-bound, bound)
+        give_values(form)
     return forms
+
+
+@torch.no_grad()
+def give_values(layer: nn.Module) -> None:
+    """Fill a layer: unwritten memory, and features that fade away, hold numbers on which processors are slow."""
+    for parameter in layer.parameters():
+        bound = math.sqrt(6.0 / max(1, parameter.numel() // parameter.shape[0]))
+        parameter.uniform_(-bound, bound)
 
 
 def _run(
@@ -189,12 +213,14 @@ def _run(
     cuda: bool,
 ) -> int:
     """Time all passes; return the median time that the layers have no part in."""
-    synchronize = torch.cuda.synchronize if cuda else _nothing
+    synchronize = torch.cuda.synchronize if cuda else nothing
+    for clock in clocks.values():
+        clock.watch.synchronize = synchronize
     rest: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(_standing_in(clocks, synchronize))
+        stack.enter_context(standing_in({clock.pair: clock.forward for clock in clocks.values()}))
         for turn in range(warmup + repeats):
             if turn == warmup:
                 for clock in clocks.values():
@@ -215,18 +241,6 @@ def _run(
     return round(statistics.median(rest))
 
 
-@contextmanager
-def _standing_in(clocks: Mapping[str, _Clock], synchronize: Callable[[], None]) -> Iterator[None]:
-    """Let the clocks run instead of the pairs' own forward passes."""
-    try:
-        for clock in clocks.values():
-            clock.pair.forward = partial(clock.forward, synchronize)  # type: ignore[method-assign]
-        yield
-    finally:
-        for clock in clocks.values():
-            vars(clock.pair).pop("forward", None)
-
-
 def _layer_latency(cost: LayerCost, clock: _Clock | None) -> LayerLatency:
     geometry = (cost.fan_in, cost.out_channels, cost.groups)
     if clock is None or not any(clock.times[_FUSED]):
@@ -236,9 +250,6 @@ def _layer_latency(cost: LayerCost, clock: _Clock | None) -> LayerLatency:
     return LayerLatency(*geometry, round(medians[_FUSED]), clock.ranks, tuple(pair))
 
 
-def _repeated(value: Any, count: int) -> Any:
-    return value.repeat(count, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
-
-
-def _nothing() -> None:
-    """Calls on the CPU end when they return."""
+def repeated(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """Inputs with one example as those with so many."""
+    return tuple(v.repeat(count, *(1,) * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v for v in inputs)

@@ -39,6 +39,11 @@ def layer_groups(layer: nn.Module) -> int:
     return int(getattr(layer, "groups", 1))
 
 
+def layer_inputs(layer: nn.Module) -> int:
+    """Input channels or features of a layer or pair."""
+    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))
+
+
 def layer_outputs(layer: nn.Module) -> int:
     """Output channels or features of a layer or pair."""
     return int(getattr(layer, "out_features" if hasattr(layer, "out_features") else "out_channels"))
@@ -55,12 +60,27 @@ def spatial_dims(layer: nn.Module) -> int:
 
 
 def new_layer(
-    like: nn.Module, outputs: int, *, bias: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+    like: nn.Module,
+    outputs: int,
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: int,
 ) -> nn.Module:
-    """A layer with the geometry of another one (or of a pair's original), its own number of outputs and no values."""
+    """A layer with the geometry of another one (or of a pair's original), its own number of outputs and no values.
+
+    Args:
+        like: The other layer.
+        outputs: Output channels or features.
+        bias: Whether it has a bias.
+        device: Where its parameters are.
+        dtype: Of what type they are.
+        **sizes: What else differs: ``in_channels``, ``in_features`` or ``groups``.
+    """
     kind = _plain_type(like)
     names = ("in_features",) if kind is nn.Linear else _CONV_GEOMETRY
-    geometry = {name: getattr(like, name) for name in names}
+    geometry = {name: getattr(like, name) for name in names} | sizes
     if is_transposed(like):
         geometry["output_padding"] = like.output_padding
     layer = _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)

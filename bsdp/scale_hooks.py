@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.input_watching import replace_first
-from bsdp.layers import SUPPORTED_TYPES, is_transposed, layer_groups, set_data, spatial_dims, weight_of
+from bsdp.layers import SUPPORTED_TYPES, is_transposed, layer_groups, layer_inputs, set_data, spatial_dims, weight_of
 
 _MOST_UNITS = 10_000_000
 CHILD = "channel_scales"  # under this name a network holds them
@@ -76,11 +76,6 @@ class _Factor:
     def __call__(self, reader: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         factors = self.scales.factors(self.index).view(-1, *(1,) * spatial_dims(reader))
         return replace_first(arguments, named, lambda inputs: inputs * factors)
-
-
-def reader_inputs(layer: nn.Module) -> int:
-    """Input channels or features of a convolution or linear layer."""
-    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))
 
 
 def scales_of(network: nn.Module) -> ChannelScales | None:
@@ -159,7 +154,7 @@ def _fit(network: nn.Module | None, entry: object) -> bool:
     return all(
         isinstance(layers.get(name), SUPPORTED_TYPES)
         and isinstance(index, list)
-        and len(index) == reader_inputs(layers[name])
+        and len(index) == layer_inputs(layers[name])
         and all(type(position) is int and 0 <= position <= units for position in index)
         for name, index in entry["readers"].items()
     )

@@ -2,66 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from bsdp._checks import check_whole
 from bsdp.callbacks._measuring import example_of
 from bsdp.callbacks._run_folder import run_folder, unused_path
-from bsdp.latency import LatencyTable
+from bsdp.channel_latency_measuring import measure_channel_latency_table
 from bsdp.latency_measuring import measure_latency_table
+from bsdp.stored_times import StoredTimes
 
 TABLE_FILE = "latency_table.json"
+_KEY = "latency_table"
+Table = TypeVar("Table", bound=StoredTimes)
 
 
-def table_for_run(
-    pl_module: LightningModule,
-    *,
-    network: str,
-    shapes: list[list[int]],
-    path: str | None,
-    saved: Any,
-    batch_size: int,
-) -> LatencyTable | None:
-    """The table that this run goes by, the same in all processes.
+class TableOfRun(Generic[Table]):
+    """The latency table that a run goes by, the same in all processes and after it is resumed.
 
     Args:
-        pl_module: The module.
-        network: Dotted name of the network.
-        shapes: Shapes of the network's inputs for one example.
-        path: A file to read; None to measure and to write the table into the run folder.
-        saved: Values of the table that the resumed run went by; None in a new run.
+        kind: What tables are of.
+        path: A file to read; None to measure the table and write it into the run folder.
         batch_size: Examples in a pass, when it is measured.
-
-    Returns:
-        The table; None in a ``fast_dev_run`` that would have to measure one.
     """
-    trainer = pl_module.trainer
-    if saved is not None:
-        return LatencyTable.from_values(saved, source="the checkpoint")
-    if path is not None:
-        table = LatencyTable.load(path)
-        if problem := table.other_inputs(shapes):
-            rank_zero_warn(f"`latency_table={path!r}`: {problem}")
-        return table
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return None
-    return _measured(trainer, pl_module, network=network, shapes=shapes, batch_size=batch_size)
 
+    def __init__(self, kind: type[Table], *, path: str | None, batch_size: int) -> None:
+        check_whole("latency_batch_size", batch_size, 1)
+        self.kind, self.path, self.batch_size = kind, path, batch_size
+        self.table: Table | None = None
 
-def _measured(
-    trainer: Trainer, pl_module: LightningModule, *, network: str, shapes: list[list[int]], batch_size: int
-) -> LatencyTable:
-    """Measure in the first process, tell the others, and write the file."""
-    folder, values = run_folder(trainer), None
-    if trainer.is_global_zero:
-        part = pl_module.get_submodule(network) if network else pl_module
-        table = measure_latency_table(part, example_of(shapes, part), batch_size=batch_size)
-        path = table.save(unused_path(folder / TABLE_FILE))
-        rank_zero_info(
-            f"bsdp: latency table of {len(table.layers)} layers measured, {table.original_ns / 1e6:.3g} ms for "
-            f"{batch_size} example(s) on {table.device} with {table.threads} thread(s): {path}"
-        )
-        values = table.to_values()
-    return LatencyTable.from_values(trainer.strategy.broadcast(values), source="the first process")
+    def check(self, loaded: Mapping[str, Any] | None) -> None:
+        """Refuse a file that cannot be read, unless the run goes on with the table of its checkpoint."""
+        if self.path is not None and not self.is_saved(loaded):
+            self.kind.load(self.path)
+
+    def is_saved(self, loaded: Mapping[str, Any] | None) -> bool:
+        """Whether the state of a resumed run has a table."""
+        return loaded is not None and loaded.get(_KEY) is not None
+
+    def find(
+        self,
+        pl_module: LightningModule,
+        *,
+        network: str,
+        shapes: list[list[int]],
+        loaded: Mapping[str, Any] | None,
+    ) -> Table | None:
+        """Take the table from where it is, or measure it.
+
+        Args:
+            pl_module: The module.
+            network: Dotted name of the network.
+            shapes: Shapes of the network's inputs for one example.
+            loaded: State of the run that this one resumes; None in a new run.
+
+        Returns:
+            The table; None in a ``fast_dev_run`` that would have to measure one.
+        """
+        trainer = pl_module.trainer
+        if loaded is not None and self.is_saved(loaded):
+            self.table = self.kind.from_values(loaded[_KEY], source="the checkpoint")
+        elif self.path is not None:
+            self.table = self.kind.load(self.path)
+            if problem := self.table.other_inputs(shapes):
+                rank_zero_warn(f"`latency_table={self.path!r}`: {problem}")
+        elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.table = self._measured(trainer, pl_module, network, shapes)
+        return self.table
+
+    def added_to(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A callback's state with the table, if there are both."""
+        return state | {_KEY: self.table.to_values()} if state and self.table is not None else state
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, network: str, shapes: list[list[int]]) -> Table:
+        """Measure in the first process, tell the others, and write the file."""
+        folder, values = run_folder(trainer), None
+        if trainer.is_global_zero:
+            part = pl_module.get_submodule(network) if network else pl_module
+            measure: Any = measure_latency_table if self.kind.by == "ranks" else measure_channel_latency_table
+            table = measure(part, example_of(shapes, part), batch_size=self.batch_size)
+            path = table.save(unused_path(folder / TABLE_FILE))
+            rank_zero_info(
+                f"bsdp: latency table of {len(table.layers)} layers measured, {table.original_ns / 1e6:.3g} ms for "
+                f"{self.batch_size} example(s) on {table.device} with {table.threads} thread(s): {path}"
+            )
+            values = table.to_values()
+        return self.kind.from_values(trainer.strategy.broadcast(values), source="the first process")

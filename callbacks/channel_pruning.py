@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
+from bsdp.callbacks._latency import TableOfRun
 from bsdp.callbacks._measuring import example_of, measure_module_cost, only_network
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import is_beside, refuse_frozen_scales
 from bsdp.channel_graph import channel_groups
-from bsdp.channel_pruner import SCALED, ChannelPruner, ChannelPruningSettings
+from bsdp.channel_latency import ChannelLatencyTable
+from bsdp.channel_pruner import ChannelPruner, check_plain
 from bsdp.channel_scales import add_scales
+from bsdp.channel_settings import SCALED, ChannelPruningSettings
 from bsdp.cost import ModelCost
 from bsdp.decompose import find_head
 from bsdp.freezing import fixed_batch_norms, freeze
@@ -66,13 +70,14 @@ class ChannelPruning(RoundPruning):
 
     Args:
         target: Share of the original network to remove, in (0, 1): 0.7 means that 70 % are gone.
-        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds) or ``channels``.
+        target_kind: What `target` counts: ``params``, ``macs`` (multiply-adds), ``channels`` or ``latency`` (time by a
+            table of the layers at several widths on one machine; of plain modules).
         criterion: How channels are scored, see above.
         ranking: ``global`` removes the least important first, ``per_cost`` the least important per unit of cost,
             ``local`` the same share of every group of channels, ``isomorphic`` the same share of every class of groups
             with the same layers, ``priority`` the most redundant group first (for ``activation_cumsum``). With few
             images of each class scores are noise, and ``local`` or ``isomorphic`` lose less. Default: ``priority`` for
-            ``activation_cumsum``, else ``per_cost`` for a budget of MACs, else ``global``.
+            ``activation_cumsum``, else ``per_cost`` for a budget of MACs or latency, else ``global``.
         rounds: Number of cuts. Default: as many as fit into the trainer's `max_epochs` when the run begins.
         schedule: How the removal is spread: ``cubic`` (much at first), ``geometric`` or ``constant``.
         warmup_epochs: Epochs before the first cut; they give the reference value.
@@ -105,6 +110,10 @@ class ChannelPruning(RoundPruning):
         seed: Of ``criterion: random``.
         mean_to_bias: Move the mean of removed channels into the biases of the layers that read them, where these have
             one (pairs do; a convolution before a batch norm mostly does not).
+        latency_table: File of `bsdp latency --by widths`, for ``target_kind: latency``. Default: the table is measured
+            as the run begins, on its device and in its memory layout, and written into the run folder. A resumed run
+            goes on with the table it began with.
+        latency_batch_size: Examples in a pass when the table is measured: that of later use.
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
 
@@ -119,7 +128,7 @@ class ChannelPruning(RoundPruning):
         self,
         *,
         target: float = 0.5,
-        target_kind: Literal["params", "macs", "channels"] = "params",
+        target_kind: Literal["params", "macs", "channels", "latency"] = "params",
         criterion: Criterion = "taylor_2019",
         ranking: Literal["global", "per_cost", "local", "isomorphic", "priority"] | None = None,
         rounds: int | None = None,
@@ -146,6 +155,8 @@ class ChannelPruning(RoundPruning):
         exclude: list[str] | None = None,
         seed: int = 0,
         mean_to_bias: bool = True,
+        latency_table: str | None = None,
+        latency_batch_size: int = 1,
         restore_best: bool = True,
         save_pruned: bool = True,
     ) -> None:
@@ -186,6 +197,12 @@ class ChannelPruning(RoundPruning):
             save_pruned=save_pruned,
             recalibration_batches=recalibration_batches,
         )
+        if latency_table is not None and target_kind != "latency":
+            raise ValueError(
+                f"`latency_table` goes with `target_kind: latency`, not {target_kind!r}: no other budget counts its "
+                "times. Leave it out, or change the budget."
+            )
+        self.latency = TableOfRun(ChannelLatencyTable, path=latency_table, batch_size=latency_batch_size)
         self.freeze = criterion in SCALED if freeze is None else freeze
         self._fixed_batch_norms: list[torch.nn.Module] = []
 
@@ -193,6 +210,8 @@ class ChannelPruning(RoundPruning):
         """Add channel factors and freeze, before optimizers and DDP exist."""
         super().setup(trainer, pl_module, stage)
         self._fixed_batch_norms = []
+        if stage == "fit":
+            self.latency.table = None
         scaled = self.settings.criterion in SCALED
         if stage != "fit" or not (self.freeze or scaled):
             return
@@ -219,7 +238,8 @@ class ChannelPruning(RoundPruning):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the channel factors are in an optimizer, then as in `RoundPruning`."""
+        """Refuse a table that cannot be read, see that an optimizer has the factors, then as in `RoundPruning`."""
+        self.latency.check(self._loaded)
         if self.settings.criterion in SCALED:
             self._adopt_factors(trainer, pl_module)
         if self._fixed_batch_norms:  # `sync_batchnorm` has replaced them
@@ -274,10 +294,20 @@ class ChannelPruning(RoundPruning):
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
     ) -> ChannelPruner:
-        """Make the pruner."""
+        """Make the pruner, with the latency table if there is to be one."""
         part = pl_module.get_submodule(network) if network else pl_module
-        example = example_of(shapes, part)
-        return ChannelPruner(pl_module, self.settings, example, cost=cost, network=network, monitor=self.monitor)
+        settings, table = self.settings, None
+        if settings.target_kind == "latency":
+            check_plain(part)
+            table = self.latency.find(pl_module, network=network, shapes=shapes, loaded=self._loaded)
+            if table is None:  # a `fast_dev_run`, which cuts nothing
+                settings = replace(settings, target_kind="macs")
+        options: dict[str, Any] = {"cost": cost, "network": network, "monitor": self.monitor, "latency": table}
+        return ChannelPruner(pl_module, settings, example_of(shapes, part), **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, the latency table included."""
+        return self.latency.added_to(super().state_dict())
 
     def ceiling(self) -> str | None:
         """The largest target, in words."""

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from bsdp._checks import check_at_least, check_whole
 from bsdp.callbacks._basis_rounds import BasisRoundPruning
-from bsdp.callbacks._latency import table_for_run
+from bsdp.callbacks._latency import TableOfRun
 from bsdp.callbacks._rebase_choice import LEAST_WARMUP, rebase_settings
 from bsdp.callbacks._trainer_checks import check_scales
 from bsdp.cost import ModelCost
@@ -194,41 +194,27 @@ class IterativeBasisPruning(BasisRoundPruning):
         )
         self.new_bias = mean_to_bias
         self.curvature_batches = curvature_batches
-        check_whole("latency_batch_size", latency_batch_size, 1)
-        self.latency_table, self.latency_batch_size = latency_table, latency_batch_size
-        self.table: LatencyTable | None = None
+        self.latency = TableOfRun(LatencyTable, path=latency_table, batch_size=latency_batch_size)
         self.needs_example = target_kind == "latency" or latency_table is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.table = None
+            self.latency.table = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a latency table that cannot be read, unless the run goes on with that of its checkpoint."""
-        if self.latency_table is not None and self._saved_table() is None:
-            LatencyTable.load(self.latency_table)
+        self.latency.check(self._loaded)
         super().on_fit_start(trainer, pl_module)
-
-    def _saved_table(self) -> Any:
-        return None if self._loaded is None else self._loaded.get("latency_table")
 
     def build(
         self, pl_module: LightningModule, cost: ModelCost, *, network: str, shapes: list[list[int]]
     ) -> IterativePruner:
         """Make the pruner, with the latency table if there is to be one."""
-        saved = self._saved_table()
-        if self.needs_example or saved is not None:
-            self.table = table_for_run(
-                pl_module,
-                network=network,
-                shapes=shapes,
-                path=self.latency_table,
-                saved=saved,
-                batch_size=self.latency_batch_size,
-            )
-            cost = cost if self.table is None else cost.with_latency(self.table)
+        if self.needs_example or self.latency.is_saved(self._loaded):
+            table = self.latency.find(pl_module, network=network, shapes=shapes, loaded=self._loaded)
+            cost = cost if table is None else cost.with_latency(table)
         return IterativePruner(pl_module, self.settings, cost, network=network, monitor=self.monitor)
 
     def check_module(self, pl_module: LightningModule) -> None:
@@ -246,8 +232,7 @@ class IterativeBasisPruning(BasisRoundPruning):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, the latency table included."""
-        state = super().state_dict()
-        return state | {"latency_table": self.table.to_values()} if state and self.table is not None else state
+        return self.latency.added_to(super().state_dict())
 
     def ceiling(self) -> str:
         """The largest target, in words."""

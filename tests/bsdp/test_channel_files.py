@@ -12,8 +12,9 @@ from torch import nn
 
 import bsdp
 from bsdp.channel_graph import channel_groups
-from bsdp.channel_pruner import ChannelPruner, ChannelPruningSettings
+from bsdp.channel_pruner import ChannelPruner
 from bsdp.channel_scales import add_scales
+from bsdp.channel_settings import ChannelPruningSettings
 from bsdp.plots import pruning_figure
 from bsdp.report import summarize
 from bsdp.scale_hooks import scales_of

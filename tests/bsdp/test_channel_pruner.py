@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.channel_group import UntraceableError
-from bsdp.channel_pruner import ALL_CRITERIA, ChannelPruner, ChannelPruningSettings
+from bsdp.channel_pruner import ChannelPruner
+from bsdp.channel_settings import ALL_CRITERIA, ChannelPruningSettings
 from bsdp.cifar_nets import CifarResNet
 from bsdp.scale_hooks import scales_of
 from bsdp.structure import set_shape, shape_of, structure_of

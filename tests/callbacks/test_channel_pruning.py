@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import bsdp
-from bsdp.channel_pruner import ALL_CRITERIA
+from bsdp.channel_settings import ALL_CRITERIA
 from bsdp.scale_hooks import scales_of
 from bsdp.task import TransferTask
 from tests.callbacks.test_precision import CpuScaler

@@ -75,16 +75,16 @@ def test_the_table_is_measured_once_and_saved_with_the_run(tmp_path: Path, monke
         fit(tmp_path, callback, SaveAt("on_train_epoch_end", 1))
     assert calls == [{"shape": (1, 1, 8, 8), "batch_size": 4}]
     (file,) = tmp_path.rglob("latency_table.json")
-    assert bsdp.LatencyTable.load(file) == hand_made() == callback.table
+    assert bsdp.LatencyTable.load(file) == hand_made() == callback.latency.table
     monkeypatch.delattr(latency, "measure_latency_table")
     # Another table now lies where the run is told to look; it goes on with its own.
     other = hand_made(speed=3.0, slow=()).save(tmp_path / "other.json")
     resumed = pruning(latency_table=str(other))
     module, _ = fit(tmp_path, resumed, ckpt=tmp_path / "kept.ckpt")
-    assert resumed.table == hand_made()
+    assert resumed.latency.table == hand_made()
     elsewhere = pruning(latency_table=str(tmp_path / "gone.json"))
     fit(tmp_path / "elsewhere", elsewhere, ckpt=tmp_path / "kept.ckpt")
-    assert elsewhere.table == hand_made()
+    assert elsewhere.latency.table == hand_made()
     monkeypatch.setattr(latency, "measure_latency_table", measure, raising=False)
     whole = pruning()
     expected, _ = fit(tmp_path / "whole", whole)
@@ -124,7 +124,7 @@ def test_a_fast_dev_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     module.example_input_array = torch.zeros(1, 1, 8, 8)
     trainer = make_trainer(tmp_path, [callback, BasisDecomposition()], fast_dev_run=True)
     trainer.fit(module, datamodule=Stripes())
-    assert callback.table is None and not list(tmp_path.rglob("*.json"))
+    assert callback.latency.table is None and not list(tmp_path.rglob("*.json"))
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
