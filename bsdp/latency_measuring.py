@@ -18,7 +18,7 @@ from bsdp.compiling import uncompiled
 from bsdp.cost import LayerCost
 from bsdp.folding import empty_folded
 from bsdp.latency import LatencyTable, LayerLatency
-from bsdp.layers import BasisPair, named_pairs, weight_of
+from bsdp.layers import BasisPair, memory_format_of, named_pairs, weight_of
 from bsdp.probing import as_inputs, evaluating
 from bsdp.speed import using_threads
 from bsdp.stats import measure_cost
@@ -251,5 +251,10 @@ def _layer_latency(cost: LayerCost, clock: _Clock | None) -> LayerLatency:
 
 
 def repeated(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """Inputs with one example as those with so many."""
-    return tuple(v.repeat(count, *(1,) * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v for v in inputs)
+    """Inputs with one example as those with so many, in the same memory layout."""
+    return tuple(_repeated(value, count) if isinstance(value, Tensor) and value.dim() else value for value in inputs)
+
+
+def _repeated(value: Tensor, count: int) -> Tensor:
+    many = value.repeat(count, *(1,) * (value.dim() - 1))
+    return many.contiguous(memory_format=memory_format_of(value))

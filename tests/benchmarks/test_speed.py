@@ -73,6 +73,14 @@ def test_networks_that_lost_channels_are_timed(tmp_path: Path) -> None:
     assert rows["channels"]["energy_kept"] > rows["uniform"]["energy_kept"]
 
 
+def test_networks_that_lost_channels_by_time_are_timed(tmp_path: Path) -> None:
+    words = ("folded", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1", "--engines", "channels_last")
+    selections = ("--selections", "channel_latency,channel_half_time", "--repeats", "1")
+    rows = {row["selection"]: row for row in rows_of(tmp_path, *words, *selections)}
+    assert rows["channel_half_time"]["mac_reduction"] > 1 and 0 < rows["channel_half_time"]["energy_kept"] < 1
+    assert rows["channel_latency"]["energy_kept"] > rows["channel_half_time"]["energy_kept"]
+
+
 def test_the_profile_covers_the_whole_pass(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "profile", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1")
     assert sum(row["share_of_original_time"] for row in rows) == pytest.approx(1.0)

@@ -248,6 +248,18 @@ def test_latency(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "`multiple` must be at least 1" in refused(capsys, "latency", run, tmp_path / "n", "--multiple", "0")
 
 
+def test_latency_by_widths(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    options = ("--by", "widths", "--repeats", "1", "--threads", "1", "--image-size", "8", "--multiple", "16")
+    text = done(capsys, "latency", run, file, *options, "--batch-size", "2")
+    table, original = bsdp.ChannelLatencyTable.load(file), load_artifact(run).original()
+    groups = bsdp.channel_groups(original, torch.zeros(1, 3, 8, 8))
+    table.check(original, [m.layer for group in groups.values() for m in group.members if m.weighted])
+    assert (table.batch_size, table.threads, table.multiple, table.input_shapes) == (2, 1, 16, ((1, 3, 8, 8),))
+    assert f"of the {len(table.layers)} layers whose channels can go" in text
+    assert "'ranks', 'widths'" in refused(capsys, "latency", run, tmp_path / "n", "--by", "days")
+
+
 @pytest.mark.parametrize("word", ["export", "describe", "benchmark"])
 def test_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.cost import LayerCost
+from bsdp.layers import layer_groups, layer_inputs, layer_outputs, weight_of
 
 
 def table_of(
@@ -38,3 +39,26 @@ def latency_of(cost: LayerCost, *, speed: float = 1.0, slow: bool = False) -> bs
     ranks = (1, cost.largest_useful_rank)
     times = tuple(int((100 + rank * cost.per_rank) / speed) + slow * cost.fused for rank in ranks)
     return bsdp.LayerLatency(cost.fan_in, cost.out_channels, cost.groups, cost.fused, ranks, times)
+
+
+def widths_of(network: nn.Module, example: Tensor, *, fixed: int = 1000) -> bsdp.ChannelLatencyTable:
+    """One nanosecond per weight of every layer whose channels can go, timed at one channel and at all.
+
+    Args:
+        network: A plain network.
+        example: Its input.
+        fixed: Nanoseconds of the rest.
+    """
+    members = (member for group in bsdp.channel_groups(network, example).values() for member in group.members)
+    names = dict.fromkeys(member.layer for member in members if member.weighted)
+    layers = {name: _layer_widths(network.get_submodule(name)) for name in names}
+    return bsdp.ChannelLatencyTable(layers, fixed, batch_size=2, input_shapes=(tuple(example.shape),))
+
+
+def _layer_widths(layer: nn.Module) -> bsdp.LayerWidths:
+    inputs, outputs, weight = layer_inputs(layer), layer_outputs(layer), weight_of(layer)
+    kernel = weight[0, 0].numel()
+    if layer_groups(layer) == inputs > 1:
+        return bsdp.LayerWidths((1, inputs), (), ((kernel,), (inputs * kernel,)))
+    sizes, makes = ((1, size) if size > 1 else (1,) for size in (inputs, outputs))
+    return bsdp.LayerWidths(sizes, makes, tuple(tuple(i * o * kernel for o in makes) for i in sizes))
