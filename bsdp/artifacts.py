@@ -83,13 +83,16 @@ class Artifact:
         return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def load_artifact(target: str | os.PathLike[str], *, backbones: bool = False) -> Artifact:
+def load_artifact(
+    target: str | os.PathLike[str], *, backbones: bool = False, num_classes: int | None = None
+) -> Artifact:
     """Read a run folder, a checkpoint or a safetensors file; nothing is unpickled.
 
     Args:
         target: A run folder (its ``pruned.ckpt`` is read), a checkpoint of `bsdp.task.TransferTask`, or a file of
             `bsdp.save` whose metadata names the backbone.
         backbones: Whether the name of a backbone, such as ``bsdp:resnet20``, will do, too.
+        num_classes: Outputs of a new head for such a backbone; None keeps its own. Other networks have theirs.
 
     Raises:
         FileNotFoundError: If there is no such file, or the run folder has no pruned checkpoint.
@@ -97,9 +100,16 @@ def load_artifact(target: str | os.PathLike[str], *, backbones: bool = False) ->
         ValueError: If the file is damaged or of another kind.
     """
     if backbones and str(target).partition(":")[0] in FAMILIES:
-        return _from_backbone(str(target))
+        return _from_backbone(str(target), num_classes)
     path = find_artifact(target, backbones=backbones)
-    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    artifact = _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    own = artifact.metadata["num_classes"]
+    if num_classes is not None and num_classes != own:
+        raise ValueError(
+            f"`num_classes={num_classes}` gives the head of a backbone that is named; {path} has {own} classes of its "
+            "own. Leave it out."
+        )
+    return artifact
 
 
 def find_artifact(target: str | os.PathLike[str], *, backbones: bool = False) -> Path:
@@ -147,9 +157,9 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return next((folder for folder in parents if (folder / CONFIG_FILE).is_file()), None)
 
 
-def _from_backbone(spec: str) -> Artifact:
+def _from_backbone(spec: str, num_classes: int | None) -> Artifact:
     with no_weight_files():
-        backbone = build_backbone(spec)
+        backbone = build_backbone(spec, num_classes=num_classes)
     network = backbone.network.eval()
     metadata = {"backbone": spec, "head": "original", "num_classes": backbone.num_classes, "pretrained": True}
     size = backbone.image_size

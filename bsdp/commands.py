@@ -153,6 +153,7 @@ def latency(
     threads: int | None = None,
     repeats: int = 15,
     image_size: int | None = None,
+    num_classes: int | None = None,
     channels_last: bool = False,
     device: str = "cpu",
     force: bool = False,
@@ -175,6 +176,8 @@ def latency(
         threads: Threads of torch. Default: what torch takes by itself.
         repeats: Timed passes per rank or width, after 2 passes that warm up.
         image_size: Height and width of the images. Default: those of the run, or of the pretraining.
+        num_classes: Outputs of the new head that a backbone given by its name will get. Times by width need it, for
+            the head reads channels that can go. Default: those of the pretraining.
         channels_last: Time with channels last.
         device: ``cpu`` or ``cuda``.
         force: Replace an existing file.
@@ -182,7 +185,7 @@ def latency(
     check_choice("by", by, ("ranks", "widths"))
     place, path = _device(device), Path(output).expanduser()
     refuse_existing(path, force=force)
-    artifact = load_artifact(target, backbones=True)
+    artifact = load_artifact(target, backbones=True, num_classes=num_classes)
     example, network = _example(artifact, image_size), artifact.decomposed
     if by == "widths":
         network = artifact.original()

@@ -107,15 +107,14 @@ class LatencyTable(StoredTimes):
             owner = "the network" if odd[0] in layers else "the table"
             raise ValueError(
                 f"the latency table is of another network, or of other decomposed layers: only {owner} has {odd[0]!r}. "
-                "Measure it on this network (`bsdp.measure_latency_table`, `bsdp latency`)."
+                f"Measure it on this network ({self.how()})."
             )
         for name, layer in layers.items():
             here, there = (tuple(getattr(one, key) for key in _GEOMETRY) for one in (layer, self.layers[name]))
             if here != there:
                 raise ValueError(
                     f"the latency table is of another network: layer {name!r} has {', '.join(_GEOMETRY)} of {here} in "
-                    f"the network and {there} in the table. Measure it on this network (`bsdp.measure_latency_table`, "
-                    "`bsdp latency`)."
+                    f"the network and {there} in the table. Measure it on this network ({self.how()})."
                 )
 
     @classmethod

@@ -77,8 +77,12 @@ class StoredTimes(ABC):
     @classmethod
     def how(cls) -> str:
         """How to measure such a table, in words."""
-        python = "measure_latency_table" if cls.by == "ranks" else "measure_channel_latency_table"
-        return f"`bsdp latency{'' if cls.by == 'ranks' else ' --by widths'}`, `bsdp.{python}`"
+        if cls.by == "ranks":
+            return "`bsdp latency`, `bsdp.measure_latency_table`"
+        return (
+            "`bsdp latency --by widths`, of a backbone with the `--num-classes` of the task; "
+            "`bsdp.measure_channel_latency_table`"
+        )
 
     def to_values(self) -> dict[str, Any]:
         """Plain values that JSON and a checkpoint can hold."""

@@ -62,7 +62,7 @@ class TableOfRun(Generic[Table]):
         Returns:
             The table; None in a ``fast_dev_run`` that would have to measure one.
         """
-        trainer = pl_module.trainer
+        trainer, self.table = pl_module.trainer, None
         if loaded is not None and self.is_saved(loaded):
             self.table = self.kind.from_values(loaded[_KEY], source="the checkpoint")
         elif self.path is not None:

@@ -110,9 +110,9 @@ class ChannelPruning(RoundPruning):
         seed: Of ``criterion: random``.
         mean_to_bias: Move the mean of removed channels into the biases of the layers that read them, where these have
             one (pairs do; a convolution before a batch norm mostly does not).
-        latency_table: File of `bsdp latency --by widths`, for ``target_kind: latency``. Default: the table is measured
-            as the run begins, on its device and in its memory layout, and written into the run folder. A resumed run
-            goes on with the table it began with.
+        latency_table: File of `bsdp latency --by widths --num-classes N`, for ``target_kind: latency``. Default: the
+            table is measured as the run begins, on its device and in its memory layout, and written into the run
+            folder. A resumed run goes on with the table it began with.
         latency_batch_size: Examples in a pass when the table is measured: that of later use.
         restore_best: End with the smallest model that met the tolerance; false: with the last one.
         save_pruned: Write ``pruned.ckpt`` and ``pruned.safetensors``.
@@ -210,8 +210,6 @@ class ChannelPruning(RoundPruning):
         """Add channel factors and freeze, before optimizers and DDP exist."""
         super().setup(trainer, pl_module, stage)
         self._fixed_batch_norms = []
-        if stage == "fit":
-            self.latency.table = None
         scaled = self.settings.criterion in SCALED
         if stage != "fit" or not (self.freeze or scaled):
             return

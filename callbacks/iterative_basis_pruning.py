@@ -197,12 +197,6 @@ class IterativeBasisPruning(BasisRoundPruning):
         self.latency = TableOfRun(LatencyTable, path=latency_table, batch_size=latency_batch_size)
         self.needs_example = target_kind == "latency" or latency_table is not None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before anything runs."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.latency.table = None
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a latency table that cannot be read, unless the run goes on with that of its checkpoint."""
         self.latency.check(self._loaded)

@@ -257,6 +257,13 @@ def test_latency_by_widths(run: Path, capsys: pytest.CaptureFixture[str], tmp_pa
     table.check(original, [m.layer for group in groups.values() for m in group.members if m.weighted])
     assert (table.batch_size, table.threads, table.multiple, table.input_shapes) == (2, 1, 16, ((1, 3, 8, 8),))
     assert f"of the {len(table.layers)} layers whose channels can go" in text
+    # A backbone gets the head of the task, whose layer reads channels that can go.
+    done(capsys, "latency", "bsdp:resnet20", file, *options, "--force", "--num-classes", "7")
+    assert bsdp.ChannelLatencyTable.load(file).layers["fc"].outputs[-1] == 7
+    own = original.fc.out_features
+    done(capsys, "latency", run, file, *options, "--force", "--num-classes", own)
+    words = refused(capsys, "latency", run, tmp_path / "n", *options, "--num-classes", own + 1)
+    assert f"has {own} classes of its own. Leave it out" in words
     assert "'ranks', 'widths'" in refused(capsys, "latency", run, tmp_path / "n", "--by", "days")
 
 

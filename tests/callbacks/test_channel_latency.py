@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, ChannelPruning, PruningReport
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, IterativeBasisPruning, PruningReport
 from bsdp.callbacks import _latency as latency
 from tests.callbacks.test_channel_resume import go, outcome
 from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit
@@ -86,6 +86,20 @@ def test_a_fast_dev_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert callback.latency.table is None and not list(tmp_path.rglob("*.json"))
 
 
+def test_a_file_that_is_not_there_is_missed_before_data_are_read(tmp_path: Path) -> None:
+    class Unread(Stripes):
+        def train_dataloader(self) -> Any:
+            raise AssertionError("the data were read")
+
+    callbacks = [
+        ChannelPruning(target_kind="latency", latency_table=str(tmp_path / "gone.json")),
+        IterativeBasisPruning(target_kind="latency", latency_table=str(tmp_path / "gone.json")),
+    ]
+    for callback, others in zip(callbacks, ([], [BasisDecomposition()]), strict=True):
+        with pytest.raises(FileNotFoundError, match="`latency_table`: no such file"):
+            make_trainer(tmp_path, [callback, *others]).fit(ResidualClassifier(), datamodule=Unread())
+
+
 def test_another_fit_measures_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = [hand_made(), replace(hand_made(), fixed_ns=200)]
     monkeypatch.setattr(latency, "measure_channel_latency_table", lambda *_, **__: tables.pop(0))
@@ -94,6 +108,8 @@ def test_another_fit_measures_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         trainer = make_trainer(tmp_path, [callback], max_epochs=2)
         trainer.fit(ResidualClassifier(), datamodule=Stripes())
         assert callback.latency.table is not None and callback.latency.table.fixed_ns == fixed
+    make_trainer(tmp_path, [callback], fast_dev_run=True).fit(ResidualClassifier(), datamodule=Stripes())
+    assert callback.latency.table is None
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
@@ -110,6 +126,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     refused(r"`target=0.5` is out of reach: .* of the latency would be gone", replace(hand_made(), fixed_ns=10**6))
     refused("only the network has", replace(hand_made(), layers={}))
     refused("`target_kind: latency` of channels counts with times of plain layers", hand_made(), decomposition={})
+    refused("leave `BasisDecomposition` out", None, decomposition={}, latency_table=None)
     network = ResidualNet()
     bsdp.decompose(network)
     refused("times by 'ranks', which goes with `IterativeBasisPruning`", table_of(network))
@@ -125,8 +142,6 @@ def test_a_table_of_another_input_size_warns(tmp_path: Path) -> None:
 
 
 def test_bases_do_not_take_times_by_width(tmp_path: Path) -> None:
-    from bsdp.callbacks import IterativeBasisPruning
-
     path = hand_made().save(tmp_path / "table.json")
     callback = IterativeBasisPruning(target_kind="latency", latency_table=str(path), tolerance=None)
     with pytest.raises(ValueError, match="times by 'widths', which goes with `ChannelPruning`"):
