@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from bsdp.layers import layer_inputs, layer_outputs
+from bsdp.layers import SUPPORTED_TYPES, layer_groups, layer_inputs, layer_outputs
 from bsdp.reading import shown
 from bsdp.stored_times import StoredTimes, listed
 from bsdp.widths import original_widths
@@ -86,7 +86,7 @@ class ChannelLatencyTable(StoredTimes):
 
         Args:
             network: The network; it may have lost channels since.
-            layers: Names of its layers whose channels can go.
+            layers: Names of its layers of which channels can go, on either side.
 
         Raises:
             ValueError: If there are layers that were not timed, or timed ones that it does not have at this size.
@@ -98,13 +98,8 @@ class ChannelLatencyTable(StoredTimes):
             owner = "network" if odd in modules else "table"
             raise ValueError(f"the latency table is of another network: only the {owner} has {odd!r}. {self._advice()}")
         for name, layer in self.layers.items():
-            here = _original_sizes(modules[name])
-            there = (layer.inputs[-1], layer.outputs[-1] if layer.outputs else here[1])
-            if here != there:
-                raise ValueError(
-                    f"the latency table is of another network: layer {name!r} has inputs and outputs of {here} in the "
-                    f"network and {there} in the table. {self._advice()}"
-                )
+            if problem := _difference(modules[name], layer):
+                raise ValueError(f"the latency table is of another network: layer {name!r} {problem}. {self._advice()}")
 
     def _advice(self) -> str:
         return f"Measure it on this network ({self.how()})."
@@ -134,6 +129,22 @@ def _place(grid: tuple[int, ...], value: int) -> tuple[int, int, float]:
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     return layer_inputs(layer), layer_outputs(layer)
+
+
+def _difference(module: nn.Module, layer: LayerWidths) -> str:
+    """Why a table cannot be that of a module, in words; "" if it can.
+
+    Tables are of the original sizes, or of the present ones if a network had lost channels before it was timed.
+    """
+    there = (layer.inputs[-1], layer.outputs[-1] if layer.outputs else layer.inputs[-1])
+    if not isinstance(module, SUPPORTED_TYPES):
+        return f"is a {type(module).__name__} in the network and has inputs and outputs of {there} in the table"
+    here = _original_sizes(module)
+    if there not in (here, _sizes(module)):
+        return f"has inputs and outputs of {here} in the network and {there} in the table"
+    if not layer.outputs and layer_groups(module) != layer_inputs(module):
+        return "is a depthwise convolution in the table and none in the network"
+    return ""
 
 
 def _original_sizes(layer: nn.Module) -> tuple[int, int]:

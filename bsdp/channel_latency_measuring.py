@@ -6,8 +6,8 @@ import copy
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from bsdp.layers import (
     weight_of,
 )
 from bsdp.probing import as_inputs, evaluating
-from bsdp.scale_hooks import drop_scales
+from bsdp.scale_hooks import drop_scales, scales_of
 from bsdp.speed import using_threads
 from bsdp.stopwatches import Stopwatch, nothing, standing_in
 from bsdp.timing import time_in_turn
@@ -54,13 +54,15 @@ def measure_channel_latency_table(
     repeats: int = 15,
     warmup: int = 2,
     threads: int | None = None,
+    exclude: Iterable[str] = (),
 ) -> ChannelLatencyTable:
     """Time every layer whose channels can go at several numbers of inputs and outputs.
 
     Widths of one layer take turns, by themselves, on inputs such as they get in the network; medians count, and times
     that fall as a width rises are averaged. All are then scaled to what the original layer takes inside a pass of the
     network. What is not in these layers (norms, activations, sums) shrinks with their outputs, too: by how much, a
-    pass of a copy says that lost half of its channels. The network is left as it is.
+    pass of a copy says that lost half of its channels. In the end all is scaled to a pass without
+    stopwatches. The network is left as it is.
 
     Args:
         network: A plain network that lost no channels yet, on the device and in the memory layout
@@ -72,6 +74,7 @@ def measure_channel_latency_table(
         repeats: Timed passes per width; fewer, but five, where they take seconds.
         warmup: Passes before them.
         threads: Threads for torch; None for what is set. The setting is restored afterwards.
+        exclude: Names of layers whose channels must stay, see `channel_groups`.
 
     Raises:
         UntraceableError: If the dependencies between channels cannot be found.
@@ -83,18 +86,26 @@ def measure_channel_latency_table(
     check_at_least("warmup", warmup, 0)
     refuse_pairs(network)
     one = as_inputs(example_input)
-    groups = channel_groups(network, one)
+    if any(scales_of(part) is not None for part in network.modules()):
+        network = copy.deepcopy(network)
+        drop_scales(network)  # which fold away
+    exclude = tuple(exclude)
+    groups = channel_groups(network, one, exclude=exclude)
     layers = {m.layer: network.get_submodule(m.layer) for g in groups.values() for m in g.members if m.weighted}
     rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup, "cuda": on_gpu(one)}
     inputs = repeated(one, batch_size)
-    halved = _halved(network, one, multiple=multiple)
-    with using_threads(threads), torch.inference_mode(), torch.random.fork_rng():
-        watched, rest, half = _run(network, halved, layers, inputs, **rounds)
+    halved = _halved(network, one, multiple=multiple, exclude=exclude)
+    # Not in inference mode: what a network keeps of a pass must not hinder its training.
+    with using_threads(threads), torch.no_grad(), torch.random.fork_rng(), _every_layer_called():
+        watched, rest, half, plain = _run(network, halved, layers, inputs, **rounds)
         grids = _grids(watched, multiple=multiple, points=points, **rounds)
         used = torch.get_num_threads()
     facts = facts_of(one, batch_size=batch_size, multiple=multiple, threads=used)
-    table = ChannelLatencyTable({name: _layer(w, grids[w.key]) for name, w in watched.items()}, rest, **facts)
-    return _with_rest(table, watched, halved, half)
+    inside = sum(statistics.median(watch.times) for watch in watched.values())
+    scale = plain / max(1.0, inside + rest)
+    times = {name: _layer(watch, grids[watch.key], scale) for name, watch in watched.items()}
+    table = ChannelLatencyTable(times, round(rest * scale), **facts)
+    return _with_rest(table, watched, halved, (rest - half) * scale)
 
 
 def width_grid(size: int, *, step: int, multiple: int, points: int) -> tuple[int, ...]:
@@ -120,6 +131,7 @@ class _Watched:
         times: Nanoseconds per pass.
         calls: What it was given in one pass, and how often.
         elements: Numbers that it puts out in a pass per output channel.
+        timing: Whether passes are timed by layer now.
     """
 
     layer: nn.Module
@@ -127,15 +139,16 @@ class _Watched:
     times: list[int] = field(default_factory=list)
     calls: Counter[Call] = field(default_factory=Counter)
     elements: float = 0.0
+    timing: bool = True
 
     def forward(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """What the layer's forward is while times are taken."""
-        return self.watch.time(call, *arguments, **named)
+        return self.watch.time(call, *arguments, **named) if self.timing else call(*arguments, **named)
 
     def look(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """What it is in the first pass."""
         outputs = call(*arguments, **named)
-        given = arguments[0] if arguments else next(iter(named.values()))
+        given = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
         self.calls[(tuple(given.shape), given.dtype, memory_format_of(given))] += 1
         self.elements += outputs.numel() / layer_outputs(self.layer)
         return outputs
@@ -152,14 +165,14 @@ class _Watched:
     def depthwise(self) -> bool:
         """Whether outputs follow inputs one by one."""
         groups = layer_groups(self.layer)
-        return groups > 1 and groups == layer_inputs(self.layer)
+        return groups > 1 and groups == layer_inputs(self.layer) == layer_outputs(self.layer)
 
 
-def _halved(network: nn.Module, example: tuple[Any, ...], *, multiple: int) -> nn.Module:
+def _halved(network: nn.Module, example: tuple[Any, ...], *, multiple: int, exclude: tuple[str, ...] = ()) -> nn.Module:
     """A copy without about half of its channels, the same share of every group."""
     halved = copy.deepcopy(network)
     drop_scales(halved)
-    groups = channel_groups(halved, example, check=False)
+    groups = channel_groups(halved, example, exclude=exclude, check=False)
     cost = ChannelCost(halved, groups, kind="channels")
     scores = {name: torch.arange(1.0, 1.0 + group.size) for name, group in groups.items()}
     limits: dict[str, Any] = {"ranking": "local", "max_group_ratio": 0.5, "round_to": multiple}
@@ -178,33 +191,72 @@ def _run(
     repeats: int,
     warmup: int,
     cuda: bool,
-) -> tuple[dict[str, _Watched], int, int]:
-    """Time passes of both networks: by layer, the rest, and a whole pass of the halved one."""
+) -> tuple[dict[str, _Watched], float, float, float]:
+    """Time passes of both networks: by layer, the rest of both, and whole passes of the first without stopwatches."""
     synchronize = torch.cuda.synchronize if cuda else nothing
     watched = {name: _Watched(layer, Stopwatch(synchronize)) for name, layer in layers.items()}
-    whole = Stopwatch(synchronize)
-    rest: list[int] = []
-
-    def timed() -> None:
-        whole.time(network, *inputs)
-        inside = 0
-        for watch in watched.values():
-            watch.times.append(watch.watch.take())
-            inside += watch.times[-1]
-        rest.append(max(0, whole.take() - inside))
-
+    less = [_Watched(halved.get_submodule(name), Stopwatch(synchronize)) for name in layers]
+    first = _Passes(network, inputs, list(watched.values()), Stopwatch(synchronize))
+    second = _Passes(halved, inputs, less, Stopwatch(synchronize))
     with ExitStack() as stack:
         for each in (network, halved):
             stack.enter_context(evaluating(each))
             stack.enter_context(uncompiled(each))
         with standing_in({w.layer: partial(w.look, w.layer.forward) for w in watched.values()}):
             network(*inputs)
-        with standing_in({w.layer: partial(w.forward, w.layer.forward) for w in watched.values()}):
-            calls: dict[str, Callable[[], object]] = {"whole": timed, "halved": lambda: halved(*inputs)}
+        both = [*watched.values(), *less]
+        with standing_in({w.layer: partial(w.forward, w.layer.forward) for w in both}):
+            calls = {"whole": first.timed, "halved": second.timed, "plain": first.plain}
             times = time_in_turn(calls, repeats=repeats, warmup=warmup, cuda=cuda)
     for watch in watched.values():
         del watch.times[:warmup]
-    return watched, round(statistics.median(rest[warmup:])), round(1e6 * statistics.median(times["halved"]))
+    rests = [statistics.median(passes.rest[warmup:]) for passes in (first, second)]
+    return watched, rests[0], rests[1], 1e6 * statistics.median(times["plain"])
+
+
+@dataclass
+class _Passes:
+    """Passes of a network whose layers have stopwatches.
+
+    Attributes:
+        network: The network.
+        inputs: Its inputs.
+        watched: The layers.
+        whole: The stopwatch of a pass.
+        rest: Nanoseconds per pass outside of the layers.
+    """
+
+    network: nn.Module
+    inputs: tuple[Any, ...]
+    watched: list[_Watched]
+    whole: Stopwatch
+    rest: list[int] = field(default_factory=list)
+
+    def timed(self) -> None:
+        """Note the time of every layer, and of the rest."""
+        self.whole.time(self.network, *self.inputs)
+        for watch in self.watched:
+            watch.times.append(watch.watch.take())
+        self.rest.append(max(0, self.whole.take() - sum(watch.times[-1] for watch in self.watched)))
+
+    def plain(self) -> None:
+        """Look at no stopwatch."""
+        for watch in self.watched:
+            watch.timing = False
+        self.network(*self.inputs)
+        for watch in self.watched:
+            watch.timing = True
+
+
+@contextmanager
+def _every_layer_called() -> Iterator[None]:
+    """Let no fused operation stand for the layers of a transformer in eval mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _grids(watched: Mapping[str, _Watched], *, multiple: int, points: int, **rounds: Any) -> dict[Any, LayerWidths]:
@@ -237,14 +289,12 @@ class _Forms:
 
     def __init__(self, watch: _Watched) -> None:
         self.watch, self.layer = watch, watch.layer
-        weight = weight_of(self.layer).detach()
-        with torch.inference_mode(False):  # the layers' parameters are to be plain ones
-            self.memory = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
+        weight = weight_of(self.layer)
+        self.memory = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
 
     def calls(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[tuple[int, int], Callable[[], object]]:
         """What the layer does in a pass of the network, by its widths; 0 outputs where they follow the inputs."""
-        with torch.inference_mode(False):
-            forms = {(i, o): self._form(i, o) for i in inputs for o in outputs or (0,)}
+        forms = {(i, o): self._form(i, o) for i in inputs for o in outputs or (0,)}
         give_values(forms[max(forms)])
         given = {i: [(self._input(call, i), count) for call, count in self.watch.calls.items()] for i in inputs}
         return {widths: partial(_call, form, given[widths[0]]) for widths, form in forms.items()}
@@ -254,7 +304,7 @@ class _Forms:
         name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
         sizes: dict[str, Any] = {name: inputs}
         if self.watch.depthwise:
-            sizes["groups"], outputs = inputs, inputs * layer_outputs(layer) // layer_inputs(layer)
+            sizes["groups"], outputs = inputs, inputs
         options: dict[str, Any] = {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
         form = new_layer(layer, outputs, **options, **sizes)
         own = weight_of(form)
@@ -276,14 +326,14 @@ def _call(form: nn.Module, given: list[tuple[Tensor, int]]) -> None:
             form(tensor)
 
 
-def _layer(watch: _Watched, alone: LayerWidths) -> LayerWidths:
-    """The times of a layer by itself, scaled to those inside the network."""
-    scale = statistics.median(watch.times) / max(1, alone.original_ns)
+def _layer(watch: _Watched, alone: LayerWidths, scale: float) -> LayerWidths:
+    """The times of a layer by itself, scaled to those inside the network, and these to what they are untimed."""
+    scale *= statistics.median(watch.times) / max(1, alone.original_ns)
     return LayerWidths(alone.inputs, alone.outputs, tuple(tuple(round(ns * scale) for ns in row) for row in alone.ns))
 
 
 def _with_rest(
-    table: ChannelLatencyTable, watched: Mapping[str, _Watched], halved: nn.Module, half_ns: int
+    table: ChannelLatencyTable, watched: Mapping[str, _Watched], halved: nn.Module, saved: float
 ) -> ChannelLatencyTable:
     """Let the layers have the part of the rest that goes with their outputs.
 
@@ -291,14 +341,14 @@ def _with_rest(
         table: By the layers alone.
         watched: The layers.
         halved: The network without half of its channels.
-        half_ns: Time of a pass of it.
+        saved: What its rest takes less.
     """
     whole = sum(watch.elements * layer_outputs(watch.layer) for watch in watched.values())
     left = sum(watch.elements * layer_outputs(halved.get_submodule(name)) for name, watch in watched.items())
     if left >= whole:
         return table
     # Of the rest no larger share can go than went of the outputs.
-    saved = min(max(0.0, table.of(halved) - half_ns), table.fixed_ns * (1 - left / whole))
+    saved = min(max(0.0, saved), table.fixed_ns * (1 - left / whole))
     slope = saved / (whole - left)
     layers = {name: _slower(table.layers[name], watch, slope * watch.elements) for name, watch in watched.items()}
     moved = sum(layer.original_ns - table.layers[name].original_ns for name, layer in layers.items())
@@ -308,8 +358,7 @@ def _with_rest(
 def _slower(layer: LayerWidths, watch: _Watched, per_output: float) -> LayerWidths:
     """The times of a layer with something added per output."""
     if watch.depthwise:
-        factor = layer_outputs(watch.layer) / layer_inputs(watch.layer)
-        rows = [[ns + per_output * factor * i for ns in row] for i, row in zip(layer.inputs, layer.ns, strict=True)]
+        rows = [[ns + per_output * i for ns in row] for i, row in zip(layer.inputs, layer.ns, strict=True)]
     else:
         rows = [[ns + per_output * o for ns, o in zip(row, layer.outputs, strict=True)] for row in layer.ns]
     return replace(layer, ns=tuple(tuple(map(round, row)) for row in rows))

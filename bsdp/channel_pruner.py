@@ -293,14 +293,17 @@ class ChannelPruner(RoundPruner):
         latency: ChannelLatencyTable | None = None,
     ) -> None:
         part = model.get_submodule(network) if network else model
-        if settings.target_kind == "latency":
+        if settings.target_kind == "latency" or latency is not None:
             check_plain(part)
-            if latency is None:
-                raise ValueError(f"`target_kind='latency'`: {NO_WIDTHS}")
+        if settings.target_kind == "latency" and latency is None:
+            raise ValueError(f"`target_kind='latency'`: {NO_WIDTHS}")
+        if latency is not None:
+            latency.check(part, ())
         cost = measure_cost(part, as_inputs(example), new_bias=False) if cost is None else cost
         self.stage = ChannelStage(part, example, settings, kind=settings.target_kind, latency=latency)
         if latency is not None:
-            latency.check(part, makers_of(self.stage.groups))
+            members = (member for group in self.stage.groups.values() for member in group.members)
+            latency.check(part, {member.layer for member in members if member.weighted})
             cost = replace(cost, fixed_latency=latency.of(part))
         super().__init__(model, settings, cost, {"channel": self.stage}, network=network, monitor=monitor)
         if self.original_known:
@@ -351,6 +354,15 @@ class ChannelPruner(RoundPruner):
     def describe(self, record: RoundRecord) -> RoundRecord:
         """Add channels and layers."""
         return describe_channels(record, self.stage)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, be it of a run without times."""
+        super().load_state_dict(state)
+        table, record = self.stage.latency, self.record
+        if table is not None and record.cost.fixed_latency is None:
+            record.cost = replace(record.cost, fixed_latency=table.original_ns)
+            record.rounds[0] = replace(record.rounds[0], latency=table.original_ns)
+            record.update_last(latency=table.of(self.network))
 
 
 def check_plain(network: nn.Module) -> None:

@@ -78,7 +78,8 @@ def measure_latency_table(
     with torch.random.fork_rng():
         clocks = {name: _Clock(pair, grids[name]) for name, pair in pairs.items()}
     cuda = on_gpu(inputs)
-    with using_threads(threads), torch.inference_mode():
+    # Not in inference mode: what a network keeps of a pass must not hinder its training.
+    with using_threads(threads), torch.no_grad():
         fixed = _run(model, inputs, clocks, points=points, repeats=repeats, warmup=warmup, cuda=cuda)
         used = torch.get_num_threads()
     layers = {name: _layer_latency(costs[name], clocks.get(name)) for name in costs}

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from bsdp._checks import check_whole
 from bsdp.callbacks._measuring import example_of
@@ -35,9 +36,14 @@ class TableOfRun(Generic[Table]):
         self.table: Table | None = None
 
     def check(self, loaded: Mapping[str, Any] | None) -> None:
-        """Refuse a file that cannot be read, unless the run goes on with the table of its checkpoint."""
+        """Forget an earlier fit; refuse a file that cannot be read, unless the run has a table in its checkpoint."""
+        self.table = None
         if self.path is not None and not self.is_saved(loaded):
             self.kind.load(self.path)
+
+    def is_known(self, loaded: Mapping[str, Any] | None) -> bool:
+        """Whether there is a table without measuring one."""
+        return self.path is not None or self.is_saved(loaded)
 
     def is_saved(self, loaded: Mapping[str, Any] | None) -> bool:
         """Whether the state of a resumed run has a table."""
@@ -50,6 +56,7 @@ class TableOfRun(Generic[Table]):
         network: str,
         shapes: list[list[int]],
         loaded: Mapping[str, Any] | None,
+        **options: Any,
     ) -> Table | None:
         """Take the table from where it is, or measure it.
 
@@ -58,11 +65,12 @@ class TableOfRun(Generic[Table]):
             network: Dotted name of the network.
             shapes: Shapes of the network's inputs for one example.
             loaded: State of the run that this one resumes; None in a new run.
+            **options: Further arguments of what measures.
 
         Returns:
             The table; None in a ``fast_dev_run`` that would have to measure one.
         """
-        trainer, self.table = pl_module.trainer, None
+        trainer = pl_module.trainer
         if loaded is not None and self.is_saved(loaded):
             self.table = self.kind.from_values(loaded[_KEY], source="the checkpoint")
         elif self.path is not None:
@@ -70,20 +78,20 @@ class TableOfRun(Generic[Table]):
             if problem := self.table.other_inputs(shapes):
                 rank_zero_warn(f"`latency_table={self.path!r}`: {problem}")
         elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.table = self._measured(trainer, pl_module, network, shapes)
+            part = pl_module.get_submodule(network) if network else pl_module
+            self.table = self._measured(trainer, part, shapes, options)
         return self.table
 
     def added_to(self, state: dict[str, Any]) -> dict[str, Any]:
         """A callback's state with the table, if there are both."""
         return state | {_KEY: self.table.to_values()} if state and self.table is not None else state
 
-    def _measured(self, trainer: Trainer, pl_module: LightningModule, network: str, shapes: list[list[int]]) -> Table:
+    def _measured(self, trainer: Trainer, part: nn.Module, shapes: list[list[int]], options: dict[str, Any]) -> Table:
         """Measure in the first process, tell the others, and write the file."""
         folder, values = run_folder(trainer), None
         if trainer.is_global_zero:
-            part = pl_module.get_submodule(network) if network else pl_module
             measure: Any = measure_latency_table if self.kind.by == "ranks" else measure_channel_latency_table
-            table = measure(part, example_of(shapes, part), batch_size=self.batch_size)
+            table = measure(part, example_of(shapes, part), batch_size=self.batch_size, **options)
             path = table.save(unused_path(folder / TABLE_FILE))
             rank_zero_info(
                 f"bsdp: latency table of {len(table.layers)} layers measured, {table.original_ns / 1e6:.3g} ms for "

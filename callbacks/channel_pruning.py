@@ -28,6 +28,7 @@ from bsdp.optimizers import adopt_parameters
 from bsdp.probing import first_tensor
 from bsdp.round_settings import ANY_ROUNDS
 from bsdp.scale_hooks import scales_of
+from bsdp.widths import widths_of
 
 Criterion = Literal[
     "taylor_2016",
@@ -297,11 +298,18 @@ class ChannelPruning(RoundPruning):
         settings, table = self.settings, None
         if settings.target_kind == "latency":
             check_plain(part)
-            table = self.latency.find(pl_module, network=network, shapes=shapes, loaded=self._loaded)
+            if self._loaded is not None and widths_of(part) and not self.latency.is_known(self._loaded):
+                raise ValueError(
+                    "`target_kind: latency` goes on with a run that had another budget and has cut channels: the times "
+                    "of the original network are missing. Give them as `latency_table` (`bsdp latency --by widths "
+                    "--num-classes N` of the backbone, or `bsdp.measure_channel_latency_table`)."
+                )
+            options: dict[str, Any] = {"loaded": self._loaded, "exclude": settings.exclude}
+            table = self.latency.find(pl_module, network=network, shapes=shapes, **options)
             if table is None:  # a `fast_dev_run`, which cuts nothing
                 settings = replace(settings, target_kind="macs")
-        options: dict[str, Any] = {"cost": cost, "network": network, "monitor": self.monitor, "latency": table}
-        return ChannelPruner(pl_module, settings, example_of(shapes, part), **options)
+        given: dict[str, Any] = {"cost": cost, "network": network, "monitor": self.monitor, "latency": table}
+        return ChannelPruner(pl_module, settings, example_of(shapes, part), **given)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, the latency table included."""

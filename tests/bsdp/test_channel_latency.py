@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import bsdp
 from bsdp import channel_latency_measuring as measuring
 from bsdp.channel_latency_measuring import width_grid
+from bsdp.channel_scales import add_scales
 from bsdp.channel_selection import ChannelCost
 from bsdp.layers import layer_inputs, layer_outputs
+from bsdp.scale_hooks import scales_of
 from tests.helpers.channel_removal import TRACEABLE, cut, random_units, traceable_batch, traceable_net
 from tests.helpers.compare import assert_same_state, snapshot
 from tests.helpers.latencies import table_of, widths_of
@@ -145,6 +147,24 @@ def test_a_table_of_another_network_is_refused() -> None:
         replace(table, layers={**table.layers, "conv9": LAYER}).check(net, names)
     with pytest.raises(ValueError, match=r"'conv1' has inputs and outputs of \(3, 8\) in the network and \(6, 5\)"):
         replace(table, layers={**table.layers, "conv1": LAYER}).check(net, names)
+    net.conv1 = nn.Sequential(net.conv1)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"'conv1' is a Sequential in the network"):
+        table.check(net, ())
+
+
+def test_a_table_of_the_present_sizes_is_that_of_the_network() -> None:
+    net = ConvNet()
+    cut(net, EXAMPLE, random_units(bsdp.channel_groups(net, EXAMPLE)))
+    table = widths_of(net, EXAMPLE)
+    table.check(net, list(table.layers))
+    assert table.of(net) == table.original_ns
+
+
+def test_a_depthwise_layer_is_no_dense_one() -> None:
+    table = widths_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)), EXAMPLE)
+    dense = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    with pytest.raises(ValueError, match="'1' is a depthwise convolution in the table and none in the network"):
+        table.check(dense, ())
 
 
 # --- measuring
@@ -184,24 +204,29 @@ def test_every_layer_whose_channels_can_go_is_timed(name: str) -> None:
     assert all(layer.original_ns > 0 for layer in table.layers.values())
 
 
-def fake_times(monkeypatch: pytest.MonkeyPatch, *, halved: float) -> None:
-    """By itself a layer takes a millisecond per input and output, or per input where outputs follow."""
+def fake_times(monkeypatch: pytest.MonkeyPatch, *, plain: float = 0.0003) -> None:
+    """By itself a layer takes a millisecond per input and output, or per input where outputs follow.
+
+    Args:
+        monkeypatch: The fixture.
+        plain: Milliseconds of a pass without stopwatches.
+    """
 
     def times(calls: Mapping[Hashable, Callable[[], object]], **options: Any) -> dict[Hashable, list[float]]:
         for call in calls.values():
             call()
-        if "halved" in calls:
-            return {"whole": [0.0], "halved": [halved]}
+        if "plain" in calls:
+            return {"plain": [plain]}
         return {widths: [float(widths[0] * max(1, widths[1]))] for widths in calls}  # type: ignore[index]
 
     monkeypatch.setattr(measuring, "time_in_turn", times)
 
 
 class Watch:
-    """A stopwatch that takes 100 ns per call, and 1,000 ns for the rest of a pass."""
+    """A stopwatch that takes 100 ns per call."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.spent = 0
+        self.synchronize, self.spent = synchronize, 0
 
     def time(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         self.spent += 100
@@ -213,22 +238,26 @@ class Watch:
 
 
 def test_times_of_a_layer_alone_are_scaled_to_those_inside_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_times(monkeypatch, halved=1.0)  # a millisecond: nothing of the rest went with the channels
+    fake_times(monkeypatch)
     monkeypatch.setattr(measuring, "Stopwatch", Watch)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1))
     table = bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=4, repeats=1, warmup=0)
     assert table.layers["0"] == bsdp.LayerWidths((1, 3), (1, 4, 8), ((4, 17, 33), (12, 50, 100)))
     assert table.layers["1"] == bsdp.LayerWidths((1, 4, 8), (), ((12,), (50,), (100,)))
     assert table.layers["2"].original_ns == 100
+    fake_times(monkeypatch, plain=0.00015)  # looking at the stopwatches took half of the time
+    half = bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=4, repeats=1, warmup=0)
+    assert half.layers["0"] == bsdp.LayerWidths((1, 3), (1, 4, 8), ((2, 8, 17), (6, 25, 50)))
+    assert half.original_ns == 150
 
 
 def test_what_goes_with_the_channels_of_the_rest_is_added_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_run", run_of(rest=1000, half_ns=400))
-    fake_times(monkeypatch, halved=0.0)
+    monkeypatch.setattr(measuring, "_run", run_of(rest=1000, half=200, plain=1600))
+    fake_times(monkeypatch)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     table = bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=4, repeats=1, warmup=0)
-    # By the layers alone half of the channels saves 300 of 600 ns and the pass takes 1,300, but it took 400. Of 12
-    # channels' outputs a third went, and so a third of the rest.
+    # By the layers alone half of the channels saves 300 of 600 ns. The rest took 800 ns less, but of 12 channels'
+    # outputs a third went, and so a third of it counts.
     assert table.fixed_ns == 0
     assert table.original_ns == 1600
     halved = measuring._halved(net, (EXAMPLE,), multiple=4)
@@ -236,9 +265,14 @@ def test_what_goes_with_the_channels_of_the_rest_is_added_to_the_layers(monkeypa
     assert table.of(halved) == pytest.approx(1300 - 333, abs=2)  # each layer is rounded
     same = bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=16, repeats=1, warmup=0)
     assert same.fixed_ns == 1000  # groups of fewer channels lose none, and nothing is known
+    monkeypatch.setattr(measuring, "_run", run_of(rest=1000, half=880, plain=1600))
+    less = bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=4, repeats=1, warmup=0)
+    assert less.of(halved) == pytest.approx(1300 - 120, abs=2)
+    monkeypatch.setattr(measuring, "_run", run_of(rest=1000, half=1100, plain=1600))
+    assert bsdp.measure_channel_latency_table(net, EXAMPLE, multiple=4, repeats=1, warmup=0).fixed_ns == 1000
 
 
-def run_of(*, rest: int, half_ns: int) -> Callable[..., Any]:
+def run_of(*, rest: float, half: float, plain: float) -> Callable[..., Any]:
     """Passes in which every layer takes 300 ns."""
 
     def run(network: nn.Module, halved: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, **options: Any) -> Any:
@@ -247,9 +281,90 @@ def run_of(*, rest: int, half_ns: int) -> Callable[..., Any]:
             shape = (1, layer_inputs(watch.layer), 8, 8)
             watch.calls[(shape, torch.float32, torch.contiguous_format)] = 1
             watch.elements = 64.0
-        return watched, rest, half_ns
+        return watched, rest, half, plain
 
     return run
+
+
+def measured(net: nn.Module, example: Tensor = EXAMPLE, **options: Any) -> bsdp.ChannelLatencyTable:
+    return bsdp.measure_channel_latency_table(net, example, multiple=2, points=3, repeats=1, warmup=0, **options)
+
+
+def test_factors_of_channels_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, run = ConvNet(), measuring._run
+    add_scales(net, bsdp.channel_groups(net, EXAMPLE))
+
+    def look(network: nn.Module, *others: Any, **options: Any) -> Any:
+        assert scales_of(network) is None
+        return run(network, *others, **options)
+
+    monkeypatch.setattr(measuring, "_run", look)
+    assert measured(net).layers.keys() == widths_of(ConvNet(), EXAMPLE).layers.keys()
+    assert scales_of(net) is not None
+
+
+def test_outputs_of_a_grouped_layer_with_more_of_them_than_inputs_count() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1))
+    layer = measured(net).layers["1"]
+    assert (layer.inputs, layer.outputs) == ((4,), (4, 8))
+
+
+def test_layers_of_a_transformer_are_called() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(5, 8)
+            self.block = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.block(self.embed(tokens)).mean(1))
+
+    for enabled in (True, False):
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        table = measured(Net(), torch.zeros(1, 7, 5))
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+        assert table.layers["block.linear1"].original_ns > 0
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("by", ["ranks", "widths"])
+def test_what_a_network_keeps_of_a_pass_does_not_hinder_its_training(by: str) -> None:
+    class Net(ConvNet):
+        kept: Tensor | None = None
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.kept is None or len(self.kept) != len(images):
+                self.kept = torch.ones(len(images), 3, 1, 1)
+            return super().forward(images * self.kept)
+
+    net = Net()
+    if by == "ranks":
+        bsdp.decompose(net)
+        bsdp.measure_latency_table(net, EXAMPLE, batch_size=2, repeats=1, warmup=0)
+    else:
+        measured(net, batch_size=2)
+    images = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    net(images).sum().backward()
+
+
+def test_layers_that_must_stay_are_left_out() -> None:
+    table = measured(ConvNet(), exclude=iter(["conv1"]))
+    groups = bsdp.channel_groups(ConvNet(), EXAMPLE, exclude=["conv1"])
+    assert table.layers.keys() == {m.layer for group in groups.values() for m in group.members if m.weighted}
+    assert table.layers.keys() < measured(ConvNet()).layers.keys()
+
+
+def test_inputs_may_have_names() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up, self.end = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.end(self.up(output_size=[9, 9], input=self.conv(images)))
+
+    assert measured(Net()).layers["up"].inputs == (1, 2, 4)
 
 
 def test_a_layer_that_is_never_called_takes_no_time() -> None:
@@ -327,7 +442,13 @@ def test_what_cannot_be_counted_is_refused() -> None:
         bsdp.ChannelPruner(ConvNet(), settings, EXAMPLE, latency=replace(table, layers={}))
     with pytest.raises(ValueError, match=r"`target=0.4` is out of reach: .* of the latency would be gone"):
         bsdp.ChannelPruner(ConvNet(), settings, EXAMPLE, latency=replace(table, fixed_ns=10**6))
+    members = widths_of(ConvNet(), EXAMPLE).layers
+    reader = list(members)[-1]
+    with pytest.raises(ValueError, match=f"only the network has {reader!r}"):
+        layers = {name: layer for name, layer in members.items() if name != reader}
+        bsdp.ChannelPruner(ConvNet(), settings, EXAMPLE, latency=replace(table, layers=layers))
     net = ConvNet()
     bsdp.decompose(net)
-    with pytest.raises(ValueError, match=r"`target_kind: latency` of channels .* leave `BasisDecomposition` out"):
-        bsdp.ChannelPruner(net, settings, EXAMPLE, latency=table)
+    for kind in ("latency", "params"):
+        with pytest.raises(ValueError, match=r"`target_kind: latency` of channels .* leave `BasisDecomposition` out"):
+            bsdp.ChannelPruner(net, replace(settings, target_kind=kind), EXAMPLE, latency=table)

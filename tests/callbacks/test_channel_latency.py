@@ -51,11 +51,11 @@ def test_the_table_is_measured_once_and_a_resumed_run_goes_on_with_it(
         return hand_made()
 
     monkeypatch.setattr(latency, "measure_channel_latency_table", measure)
-    options: dict[str, Any] = {"pruning": {**BUDGET, "latency_batch_size": 4}}
+    options: dict[str, Any] = {"pruning": {**BUDGET, "latency_batch_size": 4, "exclude": ["head"]}}
     stop = SaveAt("on_train_epoch_end", 2, go_on=True)  # after a cut
     module, callback, trainer, _ = go(tmp_path / "whole", "taylor_2019", stop, **options)
     expected = outcome(module, callback, trainer)
-    assert calls == [{"shape": (1, 1, 8, 8), "channels": 12, "batch_size": 4}]
+    assert calls == [{"shape": (1, 1, 8, 8), "channels": 12, "batch_size": 4, "exclude": ("head",)}]
     (file,) = (tmp_path / "whole").rglob("latency_table.json")
     assert bsdp.ChannelLatencyTable.load(file) == hand_made() == callback.latency.table
     assert [entry["latency"] for entry in expected["rounds"]] == sorted(
@@ -110,6 +110,33 @@ def test_another_fit_measures_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert callback.latency.table is not None and callback.latency.table.fixed_ns == fixed
     make_trainer(tmp_path, [callback], fast_dev_run=True).fit(ResidualClassifier(), datamodule=Stripes())
     assert callback.latency.table is None
+
+
+def test_a_run_of_another_budget_goes_on_with_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = {"before": ("on_train_epoch_end", 1), "after": ("on_train_epoch_end", 2)}
+    saving = [SaveAt(*moment, file=f"{key}.ckpt", go_on=True) for key, moment in moments.items()]  # type: ignore[arg-type]
+    go(tmp_path, "taylor_2019", *saving, pruning={"target_kind": "macs", "target": 0.5})
+    table = str(hand_made().save(tmp_path / "table.json"))
+    for key in moments:
+        module, callback, *_ = go(
+            tmp_path / key, "taylor_2019", ckpt=tmp_path / f"{key}.ckpt", pruning={**BUDGET, "latency_table": table}
+        )
+        rounds = callback.record.rounds
+        assert rounds[0].latency == hand_made().original_ns
+        assert rounds[-1].latency == hand_made().of(module.network) <= 0.5 * hand_made().original_ns
+    monkeypatch.delattr(latency, "measure_channel_latency_table")
+    with pytest.raises(ValueError, match="the times of the original network are missing"):
+        go(tmp_path / "none", "taylor_2019", ckpt=tmp_path / "after.ckpt", pruning=BUDGET)
+
+
+def test_a_pruned_module_can_be_fitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "measure_channel_latency_table", lambda net, example, **_: widths_of(net, example[0]))
+    module = ResidualClassifier()
+    fit(module, tmp_path, pruning={**BUDGET, "target": 0.3})
+    before = module.network.stem.out_channels
+    _, callback, _ = fit(module, tmp_path, pruning={**BUDGET, "target": 0.2, "criterion": "l1"})
+    assert callback.latency.table.layers["stem"].outputs[-1] == before
+    assert callback.record.kept(callback.record.rounds[-1], "latency") <= 0.8
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
