@@ -64,7 +64,13 @@ class ChannelLatencyTable(StoredTimes):
 
     Attributes:
         layers: The layers by name.
+        fixed_ns: Time of everything else in a pass, as far as it does not shrink with the layers' outputs.
+        batch_size: Examples in the pass that was timed.
+        input_shapes: Shapes of the network's inputs for one example.
         multiple: The timed widths are multiples of it, the smallest and the original one excepted.
+        threads: Threads that torch ran on.
+        device: Name of the device.
+        torch_version: Version of torch.
     """
 
     layers: Mapping[str, LayerWidths]

@@ -76,7 +76,13 @@ class LatencyTable(StoredTimes):
 
     Attributes:
         layers: The decomposed layers by name.
+        fixed_ns: Time of everything else in a pass.
+        batch_size: Examples in the pass that was timed.
+        input_shapes: Shapes of the network's inputs for one example.
         multiple: The timed ranks are multiples of it, the smallest and the largest useful one excepted.
+        threads: Threads that torch ran on.
+        device: Name of the device.
+        torch_version: Version of torch.
 
     Example:
         >>> layer = bsdp.LayerLatency(9, 8, 1, fused_ns=100, ranks=(1, 3), pair_ns=(40, 120))

@@ -20,18 +20,7 @@ Times = TypeVar("Times", bound="StoredTimes")
 
 @dataclass(frozen=True)
 class StoredTimes(ABC):
-    """Times of the layers of a network and of the rest, in whole nanoseconds of one pass.
-
-    Attributes:
-        layers: The layers by name.
-        fixed_ns: Time of everything else in a pass.
-        batch_size: Examples in the pass that was timed.
-        input_shapes: Shapes of the network's inputs for one example.
-        multiple: The timed sizes are multiples of it.
-        threads: Threads that torch ran on.
-        device: Name of the device.
-        torch_version: Version of torch.
-    """
+    """Times of the layers of a network and of the rest, in whole nanoseconds of one pass; see the classes below it."""
 
     layers: Mapping[str, Any]
     fixed_ns: int
