@@ -123,6 +123,7 @@ def test_a_run_of_another_budget_goes_on_with_times(tmp_path: Path, monkeypatch:
         )
         rounds = callback.record.rounds
         assert rounds[0].latency == hand_made().original_ns
+        assert all(entry.latency is not None for entry in rounds)
         assert rounds[-1].latency == hand_made().of(module.network) <= 0.5 * hand_made().original_ns
     monkeypatch.delattr(latency, "measure_channel_latency_table")
     with pytest.raises(ValueError, match="the times of the original network are missing"):
