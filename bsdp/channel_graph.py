@@ -13,7 +13,7 @@ from bsdp._checks import check_patterns, matches
 from bsdp.channel_check import groups_at_fault, removal_fault
 from bsdp.channel_group import ChannelGroup, ChannelMember, ModuleChange, UntraceableError
 from bsdp.dependency_graph import cut_copy, plain_copy, quietly, trace
-from bsdp.layers import SUPPORTED_TYPES
+from bsdp.layers import SUPPORTED_TYPES, is_depthwise, layer_groups
 from bsdp.probing import as_inputs
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -153,7 +153,7 @@ def _read_group(graph: Any, raw: Any, names: Mapping[nn.Module, str]) -> Channel
             return None
         weighted = isinstance(module, SUPPORTED_TYPES)
         side = "out" if _makes(graph, item) else "in"
-        if not weighted or (_depthwise(module)):
+        if not weighted or is_depthwise(module):
             side = "both"
         members.append(ChannelMember(names[module], side, index, isinstance(module, _BATCH_NORMS), weighted))
     if size % parts or not any(member.side == "in" and member.weighted for member in members):
@@ -183,18 +183,13 @@ def _positions(item: Any, size: int) -> Tensor | None:
     return index[order].view(size, -1)
 
 
-def _depthwise(module: nn.Module) -> bool:
-    groups = int(getattr(module, "groups", 1))
-    return groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0)
-
-
 def _parts(module: nn.Module) -> int:
     """In how many equal parts a module treats its channels, each of which must lose the same number."""
     if isinstance(module, nn.GroupNorm):
         return int(module.num_groups)
     if isinstance(module, nn.MultiheadAttention):
         return int(module.num_heads)
-    return 1 if _depthwise(module) else int(getattr(module, "groups", 1))
+    return 1 if is_depthwise(module) else layer_groups(module)
 
 
 def _changes(before: nn.Module, after: nn.Module) -> dict[str, ModuleChange]:

@@ -25,6 +25,7 @@ from bsdp.folding import refuse_pairs
 from bsdp.latency_measuring import facts_of, give_values, on_gpu, repeated, rising, spread
 from bsdp.layers import (
     GEOMETRY,
+    is_depthwise,
     layer_groups,
     layer_inputs,
     layer_outputs,
@@ -65,8 +66,8 @@ def measure_channel_latency_table(
     stopwatches. The network is left as it is.
 
     Args:
-        network: A plain network that lost no channels yet, on the device and in the memory layout
-            (``network.to(memory_format=...)``) to measure. Fold batch norms first where that is how it will run.
+        network: A plain network on the device and in the memory layout (``network.to(memory_format=...)``) to measure;
+            its present widths are the original ones of the table. Fold batch norms first where that is how it will run.
         example_input: Input (or tuple of inputs) with one example, on that device.
         batch_size: Examples in the timed pass: that of later use.
         multiple: Times are taken at widths that are multiples of it, as wide as the vectors of the hardware.
@@ -161,17 +162,10 @@ class _Watched:
         facts = (type(self.layer), weight.dtype, memory_format_of(weight), self.layer.bias is None)
         return (*geometry, *facts, *sorted(self.calls.items(), key=str))
 
-    @property
-    def depthwise(self) -> bool:
-        """Whether outputs follow inputs one by one."""
-        groups = layer_groups(self.layer)
-        return groups > 1 and groups == layer_inputs(self.layer) == layer_outputs(self.layer)
 
-
-def _halved(network: nn.Module, example: tuple[Any, ...], *, multiple: int, exclude: tuple[str, ...] = ()) -> nn.Module:
+def _halved(network: nn.Module, example: tuple[Any, ...], *, multiple: int, exclude: tuple[str, ...]) -> nn.Module:
     """A copy without about half of its channels, the same share of every group."""
     halved = copy.deepcopy(network)
-    drop_scales(halved)
     groups = channel_groups(halved, example, exclude=exclude, check=False)
     cost = ChannelCost(halved, groups, kind="channels")
     scores = {name: torch.arange(1.0, 1.0 + group.size) for name, group in groups.items()}
@@ -272,10 +266,10 @@ def _grid(watch: _Watched, *, multiple: int, points: int, **rounds: Any) -> Laye
     layer, groups = watch.layer, layer_groups(watch.layer)
     inputs, outputs = layer_inputs(layer), layer_outputs(layer)
     if not watch.calls:
-        return LayerWidths((inputs,), () if watch.depthwise else (outputs,), ((0,),))
-    step = 1 if watch.depthwise else groups
+        return LayerWidths((inputs,), () if is_depthwise(watch.layer) else (outputs,), ((0,),))
+    step = 1 if is_depthwise(watch.layer) else groups
     first = width_grid(inputs, step=step, multiple=multiple, points=points)
-    second = () if watch.depthwise else width_grid(outputs, step=step, multiple=multiple, points=points)
+    second = () if is_depthwise(watch.layer) else width_grid(outputs, step=step, multiple=multiple, points=points)
     calls = _Forms(watch).calls(first, second)
     times = time_in_turn(calls, seconds=_SECONDS, **rounds)
     medians = {widths: 1e6 * statistics.median(values) for widths, values in times.items()}
@@ -303,7 +297,7 @@ class _Forms:
         layer, weight = self.layer, weight_of(self.layer)
         name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
         sizes: dict[str, Any] = {name: inputs}
-        if self.watch.depthwise:
+        if is_depthwise(self.layer):
             sizes["groups"], outputs = inputs, inputs
         options: dict[str, Any] = {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
         form = new_layer(layer, outputs, **options, **sizes)
@@ -357,7 +351,7 @@ def _with_rest(
 
 def _slower(layer: LayerWidths, watch: _Watched, per_output: float) -> LayerWidths:
     """The times of a layer with something added per output."""
-    if watch.depthwise:
+    if is_depthwise(watch.layer):
         rows = [[ns + per_output * i for ns in row] for i, row in zip(layer.inputs, layer.ns, strict=True)]
     else:
         rows = [[ns + per_output * o for ns, o in zip(row, layer.outputs, strict=True)] for row in layer.ns]

@@ -49,6 +49,12 @@ def layer_outputs(layer: nn.Module) -> int:
     return int(getattr(layer, "out_features" if hasattr(layer, "out_features") else "out_channels"))
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution through which channels pass one by one."""
+    groups = layer_groups(module)
+    return groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0)
+
+
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer or pair is a transposed convolution."""
     return bool(getattr(layer, "transposed", False))
