@@ -161,9 +161,9 @@ def latency(
     """Time every layer by rank, for pruning bases, or by width, for pruning channels, and save the table.
 
     By ranks: every layer that can be decomposed, as one layer and as a pair. `IterativeBasisPruning` goes by it with
-    ``latency_table: FILE``: for budgets of latency, and to leave layers alone that are faster as one layer. By widths:
-    every layer whose channels can go, with several numbers of inputs and outputs; for ``target_kind: latency`` of
-    `ChannelPruning`.
+    ``latency_table: FILE``, ``bsdp compress`` with ``--latency-table FILE``: for budgets of latency, and to leave
+    layers alone that are faster as one layer. By widths: every layer whose channels can go, with several numbers of
+    inputs and outputs; for ``target_kind: latency`` of `ChannelPruning`.
 
     Args:
         target: Run folder (its pruned.ckpt is taken), checkpoint, pruned.safetensors, or the name of a backbone such as

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ from bsdp.compression_steps import ALLOCATIONS, basis_scores, shorten, truncate,
 from bsdp.cost import ModelCost
 from bsdp.decompose import decompose
 from bsdp.folding import fold
+from bsdp.latency import LatencyTable
+from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating
 from bsdp.pruner import PruningSettings, largest_removable_share, refuse_unreachable
@@ -56,6 +59,7 @@ class CompressionResult:
         examples: Examples that decided.
         held_out: Examples that were held out; 0 where there were too few, and the same ones measure.
         seconds: Time that it took.
+        latency_table: Measured times of the layers that it went by; None without such.
     """
 
     model: nn.Module = field(repr=False)
@@ -69,6 +73,14 @@ class CompressionResult:
     examples: int
     held_out: int
     seconds: float
+    latency_table: LatencyTable | None = field(repr=False, default=None)
+
+    @property
+    def latency_kept(self) -> float | None:
+        """Share of the time of a pass that is kept, by the latency table; None without one."""
+        if self.latency_table is None:
+            return None
+        return self.cost.deployed(self.ranks, "latency") / self.cost.original("latency")
 
     @property
     def folded(self) -> nn.Module:
@@ -87,8 +99,12 @@ class CompressionResult:
         same = "" if self.agreement is None else f", the same class for {self.agreement:.1%}"
         fit = "fitted" if self.compensated else "truncated"
         norms = "recomputed" if self.recalibrated else "as they were"
-        lines = [str(self.stats), f"output change {self.output_change:.4g} on {where}{same}"]
-        return "\n".join([*lines, f"layers {fit}, batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s"])
+        lines = [str(self.stats)]
+        if self.latency_kept is not None:
+            lines.append(f"by the latency table {self.latency_kept:.1%} of the time kept")
+        lines.append(f"output change {self.output_change:.4g} on {where}{same}")
+        lines.append(f"layers {fit}, batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s")
+        return "\n".join(lines)
 
 
 def compress(
@@ -108,6 +124,8 @@ def compress(
     passes: int = 6,
     batch_size: int = 32,
     min_rank: int = 1,
+    latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+    latency_batch_size: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressionResult:
@@ -118,8 +136,8 @@ def compress(
         data: A few hundred inputs, shuffled: a tensor, or an iterable of batches (a DataLoader, say), each a tensor,
             ``(inputs, labels)`` or a tuple of arguments. Labels are not needed.
         target: Share of the original to remove, in (0, 1). The original of a model that was pruned before is what it
-            was then, with all ranks and channels.
-        target_kind: What `target` counts: ``"params"`` or ``"macs"``.
+            was then, with all ranks and channels; of a time, with all ranks and the channels that it has.
+        target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"latency"``, the time of a pass.
         metric: How bases are chosen, see `decompose`.
         allocation: What decides how much each layer loses: ``"kl"``, the change of the network's own predictions;
             ``"taylor"``, the change of the loss, which needs labels; ``"energy"``, the share of the layer's own output
@@ -135,16 +153,22 @@ def compress(
             more passes know more of the errors made before, and take longer.
         batch_size: Examples in a forward pass.
         min_rank: Rank per group that every layer keeps at least.
+        latency_table: Measured times (see `measure_latency_table`) of this network with the same layers decomposed, or
+            the file of such. Default: with ``target_kind="latency"`` they are measured first. With another kind, layers
+            that are no faster as a pair are left whole.
+        latency_batch_size: Examples in a pass when times are measured: that of later use.
         seed: Of the random signs of ``"kl"``.
         progress: Called with a line of text before every step, such as `print`.
 
     Raises:
         ValueError: If an argument is not allowed, the data are empty, NaN, of another kind than the network takes, or
-            lack labels that are needed, no layer can be decomposed, the target is out of reach, or the outputs of the
-            network, or of all networks to choose from, hold NaN or infinity.
+            lack labels that are needed, no layer can be decomposed, the target is out of reach, the latency table is of
+            another network, or the outputs of the network, or of all networks to choose from, hold NaN or infinity.
+        FileNotFoundError: If there is no such file of a latency table.
 
     Warns:
-        UserWarning: If the ranking stops short of the target, or a layer was seen at few positions.
+        UserWarning: If the ranking stops short of the target, a layer was seen at few positions, or the latency table
+            was measured on inputs of another size.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(2))
@@ -160,6 +184,9 @@ def compress(
     _check_choices(target_kind, metric, allocation, ranking, compensate, recalibrate)
     for name, value, least in (("images", images, 2), ("passes", passes, 1), ("batch_size", batch_size, 1)):
         check_whole(name, value, least)
+    check_whole("latency_batch_size", latency_batch_size, 1)
+    if isinstance(latency_table, (str, os.PathLike)):
+        latency_table = LatencyTable.load(latency_table)
     settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
     say = progress or (lambda _line: None)
     found = collect_examples(data, images=images)
@@ -178,7 +205,11 @@ def compress(
         )
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
-    cost, budget = _cost_and_budget(work, example, settings, skipped)
+    _refuse_undecomposed(work, skipped)
+    if target_kind == "latency" and latency_table is None:
+        say(f"timing {len(named_pairs(work))} layers")
+        latency_table = measure_latency_table(work, example, batch_size=latency_batch_size)
+    cost, budget = _cost_and_budget(work, example, settings, latency_table)
 
     def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
         return found.seen.batches(batch_size, device)
@@ -214,6 +245,7 @@ def compress(
         examples=len(found.seen),
         held_out=held_out,
         seconds=time.perf_counter() - start,
+        latency_table=latency_table,
     )
 
 
@@ -225,7 +257,7 @@ def _check_choices(
     compensate: bool | str,
     recalibrate: bool | str,
 ) -> None:
-    check_choice("target_kind", target_kind, ("params", "macs"))
+    check_choice("target_kind", target_kind, ("params", "macs", "latency"))
     check_choice("metric", metric, ("euclidean", "activation"))
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("ranking", ranking, RANKINGS)
@@ -253,15 +285,19 @@ def _check_inputs(work: nn.Module, example: tuple[Tensor, ...]) -> None:
         ) from error
 
 
-def _cost_and_budget(
-    work: nn.Module, example: Any, settings: PruningSettings, skipped: dict[str, str]
-) -> tuple[ModelCost, float]:
-    """What the network costs by rank, and what may be left of it, if there is something to cut and enough of it."""
+def _refuse_undecomposed(work: nn.Module, skipped: dict[str, str]) -> None:
     if not named_pairs(work):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no layers"
         raise ValueError(f"`model` has no layer that can be decomposed ({reasons}).")
-    cost, kind, target = measure_cost(work, example), settings.target_kind, settings.target
-    original = original_cost(work, example, cost=cost).original(kind)
+
+
+def _cost_and_budget(
+    work: nn.Module, example: Any, settings: PruningSettings, table: LatencyTable | None
+) -> tuple[ModelCost, float]:
+    """What the network costs by rank, and what may be left of it, if there is enough to cut."""
+    cost = measure_cost(work, example, latency=table)
+    kind, target = settings.target_kind, settings.target
+    original = original_cost(work, example, cost=cost).with_times_of(cost).original(kind)
     now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
     least = cost.original(kind) * (1.0 - largest_removable_share(cost, settings))
     budget = (1.0 - target) * original

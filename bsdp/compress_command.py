@@ -27,6 +27,7 @@ from bsdp.record import PruningRecord, RoundRecord
 from bsdp.report import Measurements, summarize, write_summary
 from bsdp.report_table import format_summary
 from bsdp.stats import describe, described_layers, layer_rows, measure_positions, original_cost
+from bsdp.stored_times import TABLE_FILE
 from bsdp.widths import widths_of
 
 _BATCH = 64
@@ -40,13 +41,15 @@ def compress(
     backbone: str | None = None,
     weights: str = "default",
     ckpt: str | None = None,
-    target_kind: Literal["params", "macs"] = "params",
+    target_kind: Literal["params", "macs", "latency"] = "params",
     allocation: Literal["kl", "taylor", "energy"] = "kl",
     metric: Literal["euclidean", "activation"] = "activation",
     compensate: Literal["auto", "always", "never"] = "auto",
     recalibrate: Literal["auto", "always", "never"] = "auto",
     images: int = 256,
     passes: int = 6,
+    latency_table: str | None = None,
+    latency_batch_size: int = 1,
     image_size: int | None = None,
     data_dir: str | None = None,
     val_images: int = 1000,
@@ -67,7 +70,7 @@ def compress(
         backbone: ``bsdp:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
         weights: Of the backbone: ``default``, the name of published ones, or a file.
         ckpt: Run folder, or checkpoint of a TransferTask, pruned or not, in place of a backbone.
-        target_kind: What the target counts.
+        target_kind: What the target counts; ``latency``: the time of a pass on this machine.
         allocation: What decides how much each layer loses: the change of the network's predictions (``kl``), of the
             loss (``taylor``, by labels), or of each layer's own outputs (``energy``).
         metric: How bases are chosen.
@@ -76,6 +79,9 @@ def compress(
         recalibrate: Whether to recompute the statistics of batch norms; ``auto``: likewise.
         images: Training images to decide by.
         passes: Passes over the images in which layers are shortened.
+        latency_table: File of ``bsdp latency``. Default: with ``target_kind=latency`` layers are timed first, and the
+            table is written beside the network. With another kind, layers that are no faster as a pair are left whole.
+        latency_batch_size: Images in a pass when layers are timed: that of later use.
         image_size: Height and width of the images. Default: those of the run, or of the data's configuration.
         data_dir: Folder that holds the data sets. Default: BSDP_DATA.
         val_images: Validation images to measure the accuracy on, before and after; 0 for none.
@@ -85,6 +91,9 @@ def compress(
     """
     folder = Path(output).expanduser()
     paths = [folder / Path(PRUNED_CHECKPOINT).with_suffix(".safetensors"), folder / "summary.json"]
+    measures = target_kind == "latency" and latency_table is None
+    if measures:
+        paths.append(folder / TABLE_FILE)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output`: {output!r} is a file, and a folder is to be made there: choose another name.")
     for path in paths:
@@ -112,6 +121,8 @@ def compress(
         recalibrate=_WHEN[recalibrate],
         images=images,
         passes=passes,
+        latency_table=latency_table,
+        latency_batch_size=latency_batch_size,
         seed=seed,
         progress=lambda line: print(f"bsdp compress: {line}", file=sys.stderr, flush=True),
     )
@@ -120,9 +131,12 @@ def compress(
     save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
     summary = _summary(result, module, source.network, measured, target=target, target_kind=target_kind, seed=seed)
     write_summary(summary, paths[1])
+    if measures and result.latency_table is not None:
+        result.latency_table.save(paths[2], force=True)
     lines = [format_summary(summary).rstrip(), *str(result).splitlines()[-2:]]
     lines += [f"no accuracy: {other}"] if other else []
-    return "\n".join([*lines, f"wrote {paths[0].name} and {paths[1].name} to {folder}"])
+    names = [path.name for path in paths]
+    return "\n".join([*lines, f"wrote {', '.join(names[:-1])} and {names[-1]} to {folder}"])
 
 
 @dataclass(frozen=True)
@@ -254,7 +268,7 @@ def _summary(
 ) -> dict[str, Any]:
     """The summary of a run with one round, so that all that reads runs reads it."""
     ranks, stats, example = result.ranks, result.stats, torch.zeros(1, *module.image_shape)
-    cost = original_cost(result.model, example, cost=result.cost)
+    cost = original_cost(result.model, example, cost=result.cost).with_times_of(result.cost)
     full = {name: layer.full_rank for name, layer in cost.layers.items()}
     notes, known = _of_the_original(given, measured)
     before, after = known.get("val", (None, None))
@@ -265,6 +279,8 @@ def _summary(
         RoundRecord(i, 0, r, sum(cost.layers[n].groups * k for n, k in r.items()), params, macs, accuracy_best=accuracy)
         for i, (r, params, macs, accuracy) in enumerate(rounds)
     ]
+    if cost.knows("latency"):
+        record.rounds = [replace(entry, latency=cost.deployed(entry.ranks, "latency")) for entry in record.rounds]
     if widths_of(result.model):  # channels are gone, so that the cost of the original does not tell
         layers = described_layers(result.model)
         rows = layer_rows(result.model, measure_positions(result.model, layers, example))

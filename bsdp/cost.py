@@ -221,6 +221,16 @@ class ModelCost:
         }
         return replace(self, layers=layers, fixed_latency=table.fixed_ns)
 
+    def with_times_of(self, other: ModelCost) -> ModelCost:
+        """The same cost with the measured times of another one of the same layers, unless it has its own."""
+        if self.knows("latency") or not other.knows("latency"):
+            return self
+        layers = {
+            name: replace(layer, latency=other.layers[name].latency, pair_limit=other.layers[name].pair_limit)
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers, fixed_latency=other.fixed_latency)
+
     def knows(self, kind: str) -> bool:
         """Whether everything that a kind of cost needs was measured."""
         return {"macs": self.fixed_macs, "latency": self.fixed_latency}.get(kind, 0) is not None

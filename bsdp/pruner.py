@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -211,11 +211,11 @@ class IterativePruner(BasisRoundPruner):
 
     def set_cost(self, cost: ModelCost) -> None:
         """Replace the cost; measured times stay."""
-        super().set_cost(_with_times_of(self._timed, cost))
+        super().set_cost(cost.with_times_of(self._timed))
 
     def measured_cost(self) -> ModelCost:
         """The cost, with the measured times of the run that goes on, or else with those that this one began with."""
-        cost = _with_times_of(self._timed, self.cost)
+        cost = self.cost.with_times_of(self._timed)
         if not self.record.cost.knows("latency"):
             self.record.cost = cost
         limit_pairs(self.network, cost)
@@ -230,14 +230,3 @@ class IterativePruner(BasisRoundPruner):
     def statistics(self) -> FeatureStatistics:
         """Feature statistics since the last cut."""
         return self.basis.statistics
-
-
-def _with_times_of(before: ModelCost, cost: ModelCost) -> ModelCost:
-    """A cost with the measured times of another one of the same network, unless it has its own."""
-    if cost.fixed_latency is not None or before.fixed_latency is None:
-        return cost
-    layers = {
-        name: replace(layer, latency=before.layers[name].latency, pair_limit=before.layers[name].pair_limit)
-        for name, layer in cost.layers.items()
-    }
-    return replace(cost, layers=layers, fixed_latency=before.fixed_latency)

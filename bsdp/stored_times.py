@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 from bsdp.reading import parse_json, shown
 
 TIMES_VERSION = 1
+TABLE_FILE = "latency_table.json"  # where a run writes what it measured
 _FACTS = {"fixed_ns": int, "batch_size": int, "multiple": int, "threads": int, "device": str, "torch_version": str}
-_GOES_WITH = {"ranks": "`IterativeBasisPruning`", "widths": "`ChannelPruning`"}
+_GOES_WITH = {"ranks": "`IterativeBasisPruning` and `compress`", "widths": "`ChannelPruning`"}
 Times = TypeVar("Times", bound="StoredTimes")
 
 

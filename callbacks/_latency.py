@@ -14,9 +14,8 @@ from bsdp.callbacks._measuring import example_of
 from bsdp.callbacks._run_folder import run_folder, unused_path
 from bsdp.channel_latency_measuring import measure_channel_latency_table
 from bsdp.latency_measuring import measure_latency_table
-from bsdp.stored_times import StoredTimes
+from bsdp.stored_times import TABLE_FILE, StoredTimes
 
-TABLE_FILE = "latency_table.json"
 _KEY = "latency_table"
 Table = TypeVar("Table", bound=StoredTimes)
 
