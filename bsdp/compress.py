@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsdp._checks import check_choice, check_whole
+from bsdp._checks import check_at_least, check_choice, check_share, check_whole
 from bsdp.calibration_data import collect_examples
-from bsdp.compression_choice import CandidateChoice, Progress, outputs_of
-from bsdp.compression_steps import ALLOCATIONS, basis_scores, shorten, truncate, warn_of_few_positions
+from bsdp.compression_choice import Progress, outputs_of
+from bsdp.compression_cutting import Cutter, Evaluate, ToleranceSearch, Trial, worth
+from bsdp.compression_steps import ALLOCATIONS, basis_scores, warn_of_few_positions
 from bsdp.cost import ModelCost
 from bsdp.decompose import decompose
 from bsdp.folding import fold
@@ -35,10 +35,8 @@ from bsdp.latency_measuring import measure_latency_table
 from bsdp.layers import named_pairs
 from bsdp.probing import evaluating
 from bsdp.pruner import PruningSettings, largest_removable_share, refuse_unreachable
-from bsdp.selection import RANKINGS, PruningPlan, select
+from bsdp.selection import RANKINGS
 from bsdp.stats import ModelStats, describe, measure_cost, original_cost
-
-_LAYER_RATIO = 1.0 - 1e-9  # a layer may lose all bases but one
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ class CompressionResult:
         held_out: Examples that were held out; 0 where there were too few, and the same ones measure.
         seconds: Time that it took.
         latency_table: Measured times of the layers that it went by; None without such.
+        reference: What `evaluate` gave for the original; None without a tolerance.
+        trials: The cuts that were tried; none without a tolerance.
     """
 
     model: nn.Module = field(repr=False)
@@ -74,6 +74,14 @@ class CompressionResult:
     held_out: int
     seconds: float
     latency_table: LatencyTable | None = field(repr=False, default=None)
+    reference: float | None = None
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def value(self) -> float | None:
+        """What `evaluate` gave for the compressed network; None without a tolerance."""
+        chosen = max((t for t in self.trials if t.tolerated), key=lambda t: t.removed, default=None)
+        return None if chosen is None else chosen.value
 
     @property
     def latency_kept(self) -> float | None:
@@ -102,6 +110,8 @@ class CompressionResult:
         lines = [str(self.stats)]
         if self.latency_kept is not None:
             lines.append(f"by the latency table {self.latency_kept:.1%} of the time kept")
+        if self.value is not None:
+            lines.append(f"worth {self.value:.4g} of {self.reference:.4g}, the smallest of {len(self.trials)} tried")
         lines.append(f"output change {self.output_change:.4g} on {where}{same}")
         lines.append(f"layers {fit}, batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s")
         return "\n".join(lines)
@@ -111,8 +121,10 @@ def compress(
     model: nn.Module,
     data: Any,
     *,
-    target: float,
+    target: float | None = None,
     target_kind: str = "params",
+    tolerance: float | None = None,
+    evaluate: Evaluate | None = None,
     metric: str = "activation",
     allocation: str = "kl",
     ranking: str = "hull",
@@ -136,8 +148,13 @@ def compress(
         data: A few hundred inputs, shuffled: a tensor, or an iterable of batches (a DataLoader, say), each a tensor,
             ``(inputs, labels)`` or a tuple of arguments. Labels are not needed.
         target: Share of the original to remove, in (0, 1). The original of a model that was pruned before is what it
-            was then, with all ranks and channels; of a time, with all ranks and the channels that it has.
+            was then, with all ranks and channels; of a time, with all ranks and the channels that it has. Beside a
+            `tolerance` it is the share that is enough; None for as much as is tolerated.
         target_kind: What `target` counts: ``"params"``, ``"macs"`` or ``"latency"``, the time of a pass.
+        tolerance: Largest allowed fall of what `evaluate` gives, in its units (0.01 is one point of an accuracy). The
+            largest cut within it is searched for, to two hundredths of the original's cost.
+        evaluate: Given a network of plain layers, in eval mode, says what it is worth, higher for better ones: its
+            accuracy on validation images, say. It is called once per cut that is tried, some six times.
         metric: How bases are chosen, see `decompose`.
         allocation: What decides how much each layer loses: ``"kl"``, the change of the network's own predictions;
             ``"taylor"``, the change of the loss, which needs labels; ``"energy"``, the share of the layer's own output
@@ -187,7 +204,15 @@ def compress(
     check_whole("latency_batch_size", latency_batch_size, 1)
     if isinstance(latency_table, (str, os.PathLike)):
         latency_table = LatencyTable.load(latency_table)
-    settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
+    if target is None and tolerance is None:
+        raise ValueError("give `target`, the share to remove, or `tolerance` with `evaluate`, or all of them.")
+    if (tolerance is None) != (evaluate is None):
+        raise ValueError("`tolerance` is a fall of what `evaluate` gives: give both or neither.")
+    if tolerance is not None:
+        check_at_least("tolerance", tolerance, 0)
+    if target is not None:
+        check_share("target", target)
+    check_whole("min_rank", min_rank, 1)
     say = progress or (lambda _line: None)
     found = collect_examples(data, images=images)
     if allocation == "taylor" and found.seen.labels is None:
@@ -203,13 +228,17 @@ def compress(
         raise ValueError(
             "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
         )
+    reference = None if evaluate is None else worth(evaluate, model)
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
     _refuse_undecomposed(work, skipped)
     if target_kind == "latency" and latency_table is None:
         say(f"timing {len(named_pairs(work))} layers")
         latency_table = measure_latency_table(work, example, batch_size=latency_batch_size)
-    cost, budget = _cost_and_budget(work, example, settings, latency_table)
+    cost = measure_cost(work, example, latency=latency_table)
+    full = original_cost(work, example, cost=cost).with_times_of(cost).original(target_kind)
+    if target is not None:
+        _check_budget(work, cost, full, target, target_kind, min_rank)
 
     def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
         return found.seen.batches(batch_size, device)
@@ -217,21 +246,18 @@ def compress(
     say(f"scoring the bases of {len(cost.layers)} layers on {len(found.seen)} examples")
     survey, scores = basis_scores(work, batches, metric=metric, allocation=allocation, seed=seed)
     warn_of_few_positions(named_pairs(work), survey)
-    limits: dict[str, Any] = {"min_rank": min_rank, "max_layer_ratio": _LAYER_RATIO}
-    plan = select(scores, cost, budget=budget, kind=target_kind, ranking=ranking, **limits)
-    _warn_of_miss(plan, cost, settings, ranking, original=budget / (1.0 - target))
-    choice = CandidateChoice(wanted, found, batch_size, device, recalibrate, say)
-    if compensate is not True:
-        with choice.leaving_out():
-            network = work if compensate is False else copy.deepcopy(work)
-            truncate(network, plan, batches)
-            choice.networks[False] = network
-    if compensate:
-        with choice.leaving_out():
-            shorten(model, work, plan, survey, batches, metric=metric, passes=passes, say=say)
-            choice.networks[True] = work
-    say("comparing the outputs")
-    best = choice.best()
+    how: dict[str, Any] = {"kind": target_kind, "ranking": ranking, "min_rank": min_rank, "metric": metric}
+    how |= {"compensate": compensate, "recalibrate": recalibrate, "passes": passes, "batch_size": batch_size}
+    how |= {"wanted": wanted, "found": found, "device": device, "say": say}
+    cutter = Cutter(model, work, cost, survey, scores, full, **how)
+    trials: list[Trial] = []
+    if evaluate is None or tolerance is None or reference is None:
+        assert target is not None
+        plan = cutter.plan(target)
+        cutter.warn_of_miss(plan, target)
+        best = cutter.cut(plan)
+    else:
+        best = ToleranceSearch(cutter, evaluate, tolerance, reference, trials).run(target)
     held_out = 0 if found.held_out is found.seen else len(found.held_out)
     return CompressionResult(
         model=best.network,
@@ -246,6 +272,8 @@ def compress(
         held_out=held_out,
         seconds=time.perf_counter() - start,
         latency_table=latency_table,
+        reference=reference,
+        trials=tuple(trials),
     )
 
 
@@ -291,40 +319,22 @@ def _refuse_undecomposed(work: nn.Module, skipped: dict[str, str]) -> None:
         raise ValueError(f"`model` has no layer that can be decomposed ({reasons}).")
 
 
-def _cost_and_budget(
-    work: nn.Module, example: Any, settings: PruningSettings, table: LatencyTable | None
-) -> tuple[ModelCost, float]:
-    """What the network costs by rank, and what may be left of it, if there is enough to cut."""
-    cost = measure_cost(work, example, latency=table)
-    kind, target = settings.target_kind, settings.target
-    original = original_cost(work, example, cost=cost).with_times_of(cost).original(kind)
+def _check_budget(work: nn.Module, cost: ModelCost, full: float, target: float, kind: str, min_rank: int) -> None:
+    """Refuse a target that is met, or out of reach."""
+    settings = PruningSettings(target=target, target_kind=kind, tolerance=None, min_rank=min_rank)
     now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
     least = cost.original(kind) * (1.0 - largest_removable_share(cost, settings))
-    budget = (1.0 - target) * original
+    budget = (1.0 - target) * full
     if now <= budget:
         raise ValueError(
-            f"`target={target}` is met already: `model` was pruned before, and {1.0 - now / original:.1%} of the "
+            f"`target={target}` is met already: `model` was pruned before, and {1.0 - now / full:.1%} of the "
             f"original's {kind} are gone, of which the target is a share. Choose a larger one."
         )
-    if original == cost.original(kind):
+    if full == cost.original(kind):
         refuse_unreachable(cost, settings)
     elif budget < least:  # it has lost channels
-        most = 1.0 - least / original
+        most = 1.0 - least / full
         raise ValueError(
-            f"`target={target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, {most:.1%} "
+            f"`target={target}` is out of reach: with rank {min_rank} in every decomposed layer, {most:.1%} "
             f"of the original's {kind} would be gone. Choose a target below {most:.3f}."
-        )
-    return cost, budget
-
-
-def _warn_of_miss(
-    plan: PruningPlan, cost: ModelCost, settings: PruningSettings, ranking: str, *, original: float
-) -> None:
-    kind, target = settings.target_kind, settings.target
-    kept = cost.deployed(plan.ranks, kind) / original
-    if kept > (1.0 - target) * (1.0 + 1e-9):
-        way = "a smaller target" if ranking == "hull" else "`ranking='hull'` or a smaller target"
-        warnings.warn(
-            f"`ranking={ranking!r}` leaves {kept:.2%} of the {kind}, more than `target={target}` allows: choose {way}.",
-            stacklevel=3,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,13 +35,14 @@ _WHEN: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
 
 
 def compress(
-    target: float,
     data: str,
     output: str,
+    target: float | None = None,
     backbone: str | None = None,
     weights: str = "default",
     ckpt: str | None = None,
     target_kind: Literal["params", "macs", "latency"] = "params",
+    tolerance: float | None = None,
     allocation: Literal["kl", "taylor", "energy"] = "kl",
     metric: Literal["euclidean", "activation"] = "activation",
     compensate: Literal["auto", "always", "never"] = "auto",
@@ -63,14 +64,16 @@ def compress(
     from `backbone` with its own head, or from `ckpt`. Labels of the data serve for measuring, and for ``taylor``.
 
     Args:
-        target: Share to remove, in (0, 1).
         data: Where training images come from: the name of a packaged configuration of data (``cifar10``), a YAML file
             like it, or a folder with ``train/<class>`` and ``test/<class>``.
         output: Folder to write to.
+        target: Share to remove, in (0, 1). Beside a tolerance: the share that is enough.
         backbone: ``bsdp:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
         weights: Of the backbone: ``default``, the name of published ones, or a file.
         ckpt: Run folder, or checkpoint of a TransferTask, pruned or not, in place of a backbone.
         target_kind: What the target counts; ``latency``: the time of a pass on this machine.
+        tolerance: Largest allowed fall of the accuracy on validation images, as a fraction (0.01 = 1 point): the
+            smallest network within it is searched for, which takes some six times as long.
         allocation: What decides how much each layer loses: the change of the network's predictions (``kl``), of the
             loss (``taylor``, by labels), or of each layer's own outputs (``energy``).
         metric: How bases are chosen.
@@ -99,6 +102,8 @@ def compress(
     for path in paths:
         refuse_existing(path, force=force)
     check_at_least("val_images", val_images, 0)
+    if tolerance is not None and not val_images:
+        raise ValueError("`tolerance` is a fall of the accuracy on validation images: give some (`--val-images`).")
     source = _source(backbone, weights, ckpt)
     module = _data_module(data, source, image_size=image_size, data_dir=data_dir)
     module.prepare_data()
@@ -110,11 +115,16 @@ def compress(
             f"`allocation=taylor` needs labels of the network's own classes, but {other}: choose `kl`, which does "
             "without labels."
         )
+    if tolerance is not None and not known:
+        raise ValueError(f"`tolerance` needs labels of the network's own classes, but {other}: give a `target` alone.")
+    validation = _sample(module.val_dataloader(), val_images, seed=0) if val_images and known else None
     result = _compress(
         source.network,
         _sample(module.plain_train_dataloader(), images + images // 2, seed=seed),
         target=target,
         target_kind=target_kind,
+        tolerance=tolerance,
+        evaluate=None if tolerance is None or validation is None else lambda network: _accuracy(network, validation),
         allocation=allocation,
         metric=metric,
         compensate=_WHEN[compensate],
@@ -126,10 +136,11 @@ def compress(
         seed=seed,
         progress=lambda line: print(f"bsdp compress: {line}", file=sys.stderr, flush=True),
     )
-    measured = _measure(source.network, result, module, val_images=val_images if known else 0, test=test and known)
+    measured = _measure(source.network, result, module, validation, test=test and known)
     facts = {"class_names": module.class_names, "image_size": module.image_size, **(module.normalization or {})}
     save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
-    summary = _summary(result, module, source.network, measured, target=target, target_kind=target_kind, seed=seed)
+    asked = {"target": target, "target_kind": target_kind, "tolerance": tolerance}
+    summary = _summary(result, module, source.network, measured, asked, seed=seed)
     write_summary(summary, paths[1])
     if measures and result.latency_table is not None:
         result.latency_table.save(paths[2], force=True)
@@ -229,13 +240,17 @@ def _sample(loader: DataLoader[Any], count: int, *, seed: int) -> DataLoader[Any
 
 
 def _measure(
-    original: nn.Module, result: CompressionResult, module: ImageDataModule, *, val_images: int, test: bool
+    original: nn.Module,
+    result: CompressionResult,
+    module: ImageDataModule,
+    validation: DataLoader[Any] | None,
+    *,
+    test: bool,
 ) -> dict[str, tuple[float, float]]:
     """Accuracies before and after, by split."""
     measured = {}
-    if val_images:
-        loader = _sample(module.val_dataloader(), val_images, seed=0)
-        measured["val"] = (_accuracy(original, loader), _accuracy(result.model, loader))
+    if validation is not None:
+        measured["val"] = (_accuracy(original, validation), _accuracy(result.model, validation))
     if test:
         module.setup("test")
         measured["test"] = (
@@ -261,9 +276,8 @@ def _summary(
     module: ImageDataModule,
     given: nn.Module,
     measured: dict[str, tuple[float, float]],
+    asked: dict[str, Any],
     *,
-    target: float,
-    target_kind: str,
     seed: int,
 ) -> dict[str, Any]:
     """The summary of a run with one round, so that all that reads runs reads it."""
@@ -272,7 +286,7 @@ def _summary(
     full = {name: layer.full_rank for name, layer in cost.layers.items()}
     notes, known = _of_the_original(given, measured)
     before, after = known.get("val", (None, None))
-    record = PruningRecord(target=target, target_kind=target_kind, cost=cost, reference=before, chosen=1)
+    record = PruningRecord(**asked, cost=cost, reference=before, chosen=1)
     record.input_shapes = [[1, *module.image_shape]]
     rounds = ((full, stats.params_original, stats.macs_original, before), (ranks, stats.params, stats.macs, after))
     record.rounds = [
@@ -281,6 +295,8 @@ def _summary(
     ]
     if cost.knows("latency"):
         record.rounds = [replace(entry, latency=cost.deployed(entry.ranks, "latency")) for entry in record.rounds]
+    if asked["target"] is None:
+        record.target = 1.0 - (record.kept(record.rounds[1], asked["target_kind"]) or 0.0)
     if widths_of(result.model):  # channels are gone, so that the cost of the original does not tell
         layers = described_layers(result.model)
         rows = layer_rows(result.model, measure_positions(result.model, layers, example))
@@ -294,7 +310,8 @@ def _summary(
         notes=tuple(notes),
     )
     own = ("output_change", "agreement", "compensated", "recalibrated", "examples", "held_out", "seconds")
-    return {**summarize(record, facts), "compression": {key: getattr(result, key) for key in own}}
+    compression = {key: getattr(result, key) for key in own} | {"trials": [asdict(trial) for trial in result.trials]}
+    return {**summarize(record, facts), "compression": compression}
 
 
 def _of_the_original(

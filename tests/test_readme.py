@@ -66,7 +66,9 @@ def test_deploying_works_as_written(
 def test_training_free_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     example = next(block for block in blocks() if "bsdp.compress(" in block)
     loader = [torch.randn(24, 1, 8, 8)]
-    exec(compile(example, str(README), "exec"), {"bsdp": bsdp, "network": small_network(), "loader": loader})
+    names = {"bsdp": bsdp, "network": small_network(), "loader": loader, "val_images": loader[0]}
+    names["val_labels"] = small_network()(loader[0]).argmax(1)
+    exec(compile(example, str(README), "exec"), names)
     assert "output change" in capsys.readouterr().out
 
 

@@ -1,6 +1,5 @@
 """Compression in one call, without training: what it reaches, what it leaves alone, what it refuses."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
-from bsdp import compression_choice
+from bsdp import compression_choice, compression_cutting
 from bsdp.calibration_data import collect_examples
 from bsdp.compression_steps import basis_scores
 from bsdp.joint_moments import collect_joint_moments, survey_outputs
@@ -227,14 +226,13 @@ def spoil(model: nn.Module, *_: Any, **__: Any) -> list[str]:
 
 @pytest.mark.parametrize("broken", [fail, spoil])
 def test_auto_leaves_out_what_fails(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("bsdp.compress")  # `bsdp.compress` is the function
     monkeypatch.setattr(compression_choice, "recalibrate_batch_norms", broken)
     lines: list[str] = []
     result = bsdp.compress(network(), images(), target=0.5, progress=lines.append)
     assert not result.recalibrated and sum("left out" in line for line in lines) == 2
     with pytest.raises(ValueError, match=r"no compressed network is fit for use \((no statistics|NaN or inf)"):
         bsdp.compress(network(), images(), target=0.5, recalibrate=True)
-    monkeypatch.setattr(module, "shorten", fail)
+    monkeypatch.setattr(compression_cutting, "shorten", fail)
     assert not bsdp.compress(network(), images(), target=0.5).compensated
     with pytest.raises(ValueError, match="no compressed network"):
         bsdp.compress(network(), images(), target=0.5, compensate=True)

@@ -1,0 +1,226 @@
+"""Cutting a scored network to one share after another, and the smallest cut that some measure tolerates."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsdp.calibration_data import CalibrationData
+from bsdp.compression_choice import Candidate, CandidateChoice, Progress
+from bsdp.compression_steps import Batches, shorten, truncate
+from bsdp.cost import ModelCost
+from bsdp.folding import fold
+from bsdp.joint_moments import Survey
+from bsdp.layers import named_pairs
+from bsdp.probing import evaluating
+from bsdp.selection import PruningPlan, select
+
+Evaluate = Callable[[nn.Module], float]
+_LAYER_RATIO = 1.0 - 1e-9  # a layer may lose all bases but one
+_RESOLUTION = 0.02  # of the original's cost: the search ends within so much of the largest share
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cut that was tried.
+
+    Attributes:
+        removed: Share of the original that went.
+        value: What the cut network was worth; None for one that was not fit for use.
+        tolerated: Whether that was enough.
+    """
+
+    removed: float
+    value: float | None
+    tolerated: bool
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """A scored network, and how to cut copies of it.
+
+    Attributes:
+        original: The network before, which gives the targets.
+        work: Its decomposed copy, with the bases that were scored; it is left as it is.
+        cost: Its cost by rank.
+        survey: From `basis_scores`.
+        scores: From `basis_scores`.
+        full: What the original costs, in units of `kind`.
+        kind: What shares are of: ``"params"``, ``"macs"`` or ``"latency"``.
+        ranking: See `select`.
+        min_rank: Rank per group that every layer keeps at least.
+        metric: How bases are chosen.
+        compensate: As in `compress`.
+        recalibrate: As in `compress`.
+        passes: As in `compress`.
+        wanted: The outputs of the original on held-out examples.
+        found: The examples.
+        batch_size: Examples in a forward pass.
+        device: That of the network.
+        say: Told what is done.
+    """
+
+    original: nn.Module
+    work: nn.Module
+    cost: ModelCost
+    survey: Survey
+    scores: dict[str, Tensor]
+    full: float
+    kind: str
+    ranking: str
+    min_rank: int
+    metric: str
+    compensate: bool | str
+    recalibrate: bool | str
+    passes: int
+    wanted: Tensor
+    found: CalibrationData
+    batch_size: int
+    device: torch.device
+    say: Progress
+
+    @property
+    def batches(self) -> Batches:
+        """Gives the examples that decide."""
+        return lambda: self.found.seen.batches(self.batch_size, self.device)
+
+    @property
+    def gone(self) -> float:
+        """Share of the original that is gone already."""
+        now = self.cost.deployed({name: pair.rank for name, pair in named_pairs(self.work).items()}, self.kind)
+        return 1.0 - now / self.full
+
+    @property
+    def most(self) -> float:
+        """Share of the original that is gone with the least rank in every layer."""
+        return 1.0 - self.cost.smallest(self.kind, min_rank=self.min_rank) / self.full
+
+    def plan(self, target: float) -> PruningPlan:
+        """What to remove for a share of the original to be gone."""
+        return select(
+            self.scores,
+            self.cost,
+            budget=(1.0 - target) * self.full,
+            kind=self.kind,
+            ranking=self.ranking,
+            min_rank=self.min_rank,
+            max_layer_ratio=_LAYER_RATIO,
+        )
+
+    def warn_of_miss(self, plan: PruningPlan, target: float) -> None:
+        """Warn where the ranking stops short of a target."""
+        kept = self.cost.deployed(plan.ranks, self.kind) / self.full
+        if kept > (1.0 - target) * (1.0 + 1e-9):
+            way = "a smaller target" if self.ranking == "hull" else "`ranking='hull'` or a smaller target"
+            warnings.warn(
+                f"`ranking={self.ranking!r}` leaves {kept:.2%} of the {self.kind}, more than `target={target}` allows: "
+                f"choose {way}.",
+                stacklevel=3,
+            )
+
+    def cut(self, plan: PruningPlan) -> Candidate:
+        """Cut a copy: of the networks with and without fitted layers, the closest to the original.
+
+        Raises:
+            ValueError: If none of them is fit for use.
+        """
+        choice = CandidateChoice(self.wanted, self.found, self.batch_size, self.device, self.recalibrate, self.say)
+        if self.compensate is not True:
+            with choice.leaving_out():
+                network = copy.deepcopy(self.work)
+                truncate(network, plan, self.batches)
+                choice.networks[False] = network
+        if self.compensate:
+            with choice.leaving_out():
+                network = copy.deepcopy(self.work)
+                options: dict[str, Any] = {"metric": self.metric, "passes": self.passes, "say": self.say}
+                shorten(self.original, network, plan, self.survey, self.batches, **options)
+                choice.networks[True] = network
+        self.say("comparing the outputs")
+        return choice.best()
+
+
+@dataclass
+class ToleranceSearch:
+    """Bisects for the largest cut whose worth stays within a tolerance of the original's.
+
+    Attributes:
+        cutter: Makes the cuts.
+        evaluate: What a network is worth: higher is better.
+        tolerance: Largest fall.
+        reference: What the original is worth.
+        trials: What was tried, in this order.
+    """
+
+    cutter: Cutter
+    evaluate: Evaluate
+    tolerance: float
+    reference: float
+    trials: list[Trial] = field(default_factory=list)
+
+    def run(self, target: float | None) -> Candidate:
+        """Find the cut.
+
+        Args:
+            target: Share that is enough, which is tried first; None to go as far as it gets.
+
+        Raises:
+            ValueError: If no cut is tolerated.
+        """
+        low, high, best = self.cutter.gone, self.cutter.most if target is None else target, None
+        if target is not None:
+            best = self._tried(target)
+            low = target if best is not None else low
+        while high - low > _RESOLUTION:
+            middle = (low + high) / 2.0
+            found = self._tried(middle)
+            if found is None:
+                high = middle
+            else:
+                low, best = middle, found
+        if best is None:
+            tried = min(self.trials, key=lambda trial: trial.removed, default=None)
+            least = "" if tried is None else f" with {tried.removed:.1%} of the {self.cutter.kind} gone,"
+            worth = "not fit for use" if tried is None or tried.value is None else f"worth {tried.value:.4g}"
+            raise ValueError(
+                f"`tolerance={self.tolerance}`: no cut is tolerated;{least} the network is {worth}, and the original "
+                f"{self.reference:.4g}. Choose a larger tolerance, or give more images to decide by (`images`)."
+            )
+        return best
+
+    def _tried(self, target: float) -> Candidate | None:
+        """The cut to a share; None if it is not tolerated."""
+        cutter = self.cutter
+        plan = cutter.plan(target)
+        removed, value = 1.0 - cutter.cost.deployed(plan.ranks, cutter.kind) / cutter.full, None
+        try:
+            found = cutter.cut(plan)
+            value = worth(self.evaluate, fold(found.network))
+        except ValueError as error:
+            cutter.say(f"not fit for use: {error}")
+        tolerated = value is not None and value >= self.reference - self.tolerance - 1e-12
+        self.trials.append(Trial(removed, value, tolerated))
+        if value is not None:
+            verdict = "tolerated" if tolerated else "too much"
+            cutter.say(f"{removed:.1%} of the {cutter.kind} gone: {value:.4g} of {self.reference:.4g}, {verdict}")
+        return found if tolerated else None
+
+
+def worth(evaluate: Evaluate, network: nn.Module) -> float:
+    """What a network is worth, in eval mode and without gradients.
+
+    Raises:
+        ValueError: If that is no finite number.
+    """
+    with evaluating(network):
+        value = float(evaluate(network))
+    if not math.isfinite(value):
+        raise ValueError(f"`evaluate` gave {value}: it must give a finite number, higher for a better network.")
+    return value
