@@ -1,5 +1,6 @@
-"""What every test shares: a fixed seed, one thread, and a deterministic profile of hypothesis."""
+"""What every test shares: a fixed seed, one thread, a small heap, and a deterministic profile of hypothesis."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("bsdp", derandomize=True, max_examples=25, deadline=None, database=None)
     hypothesis.settings.load_profile("bsdp")
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what the imports made: a look at all of it takes it a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let all of it go in the usual way: libraries tell at length of what is left over."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
