@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bsdp import cli
+from tests.helpers.marks import slow_but
 from tests.helpers.resuming import (
     StopAt,
     StopInWrite,
@@ -97,18 +98,34 @@ def assert_resumes_exactly(folder: Path, stops: list[list[str]], expected: dict[
     assert differences(expected, outcome(run_of(folder))) == []
 
 
-def test_stops_in_a_row(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("moments", slow_but([MOMENTS[2::3]], [MOMENTS, MOMENTS[2::3]]), ids=["all", "some"])
+def test_stops_in_a_row(tmp_path: Path, reference: Reference, moments: list[tuple[str, int, int | None]]) -> None:
     write_configuration(tmp_path)
-    stops = [words_of(StopAt, hook=hook, epoch=epoch, batch=batch) for hook, epoch, batch in MOMENTS]
+    stops = [words_of(StopAt, hook=hook, epoch=epoch, batch=batch) for hook, epoch, batch in moments]
     expected = reference()
     assert len(expected["pruner"]["record"]["rounds"]) == 4
     assert_resumes_exactly(tmp_path, stops, expected)
 
 
-def test_stops_while_files_are_written(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("writes", slow_but([WRITES[::3]], [WRITES, WRITES[::3]]), ids=["all", "some"])
+def test_stops_while_files_are_written(
+    tmp_path: Path, reference: Reference, writes: list[tuple[str, int, str]]
+) -> None:
     write_configuration(tmp_path)
-    stops = [words_of(StopInWrite, file=file, epoch=epoch, when=when) for file, epoch, when in WRITES]
+    stops = [words_of(StopInWrite, file=file, epoch=epoch, when=when) for file, epoch, when in writes]
     assert_resumes_exactly(tmp_path, stops, reference())
+
+
+def test_what_a_killed_process_leaves_is_cleared_away(tmp_path: Path, reference: Reference) -> None:
+    """As a process that is killed while it writes leaves it, see below: half a file under another name."""
+    write_configuration(tmp_path)
+    fit_until_stopped(tmp_path, *words_of(StopAt, hook="on_train_epoch_end", epoch=2))
+    run = run_of(tmp_path)
+    (run / "checkpoints" / ".last.ckpt.partial").write_bytes(b"half of it")
+    (run / ".pruned.ckpt.partial").write_bytes(b"half of it")
+    assert fit(tmp_path, "--ckpt_path", "last") == 0
+    assert differences(reference(), outcome(run)) == []
+    assert not list(run.rglob("*.partial"))
 
 
 def kill(folder: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -127,9 +144,8 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "names", [("last",), *(pytest.param(more, marks=pytest.mark.slow) for more in (("step",), ("pruned", "weights")))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("last",), ("step",), ("pruned", "weights")])
 def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str, ...]) -> None:
     runs = {}
     for name in names:
@@ -149,9 +165,13 @@ def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str
 @pytest.mark.parametrize(
     ("words", "trainer", "moments"),
     [
-        pytest.param(["--data.num_workers=2"], {}, [MOMENTS[0], MOMENTS[2]], id="workers"),
+        pytest.param(["--data.num_workers=2"], {}, [MOMENTS[2]], id="workers"),
+        pytest.param(
+            ["--data.num_workers=2"], {}, [MOMENTS[0], MOMENTS[2]], id="workers twice", marks=pytest.mark.slow
+        ),
         pytest.param(["--model.schedule=plateau"], {}, [("on_train_epoch_start", 2, None)], id="plateau"),
-        pytest.param([], {"val_check_interval": 0.5}, [("on_train_batch_end", 2, 2), MOMENTS[4]], id="validations"),
+        pytest.param([], {"val_check_interval": 0.5}, [("on_train_batch_end", 2, 2)], id="validations"),
+        pytest.param([], {"val_check_interval": 0.5}, [MOMENTS[4]], id="last validation", marks=pytest.mark.slow),
         pytest.param(
             [], {"check_val_every_n_epoch": 2}, [MOMENTS[1], MOMENTS[5]], id="rare validations", marks=pytest.mark.slow
         ),
@@ -175,9 +195,7 @@ def test_settings(
     assert_resumes_exactly(tmp_path, stops, expected, *words)
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow), 12]
-)
+@pytest.mark.parametrize("step", slow_but([6], [3, 6, 9, 12]))
 def test_checkpoint_of_any_step(tmp_path: Path, reference: Reference, step: int) -> None:
     write_configuration(tmp_path)
     every = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3, "save_top_k": -1}}

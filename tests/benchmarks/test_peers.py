@@ -18,6 +18,7 @@ from benchmarks._peers import LightningModelPruning, TorchPruning, renew
 from benchmarks._runs import pruned_values, read_csv
 from bsdp.datamodules import DigitsDataModule
 from bsdp.task import TransferTask
+from tests.helpers.marks import slow_but
 
 pytest.importorskip("torch_pruning")
 
@@ -50,7 +51,7 @@ def validations(folder: Path) -> list[float]:
     return [float(row["val_accuracy"]) for row in rows if row.get("val_accuracy")]
 
 
-@pytest.mark.parametrize("importance", ["taylor", "l1", "fpgm"])
+@pytest.mark.parametrize("importance", slow_but(["taylor", "l1"], ["taylor", "l1", "fpgm"]))
 def test_torch_pruning_gets_to_the_size_and_trains_what_is_left(importance: Any, tmp_path: Path) -> None:
     callback = TorchPruning(importance=importance, target=0.6, rounds=2, warmup_epochs=1, steps=80)
     trainer, module = fit(tmp_path, callback)

@@ -73,6 +73,7 @@ def test_networks_that_lost_channels_are_timed(tmp_path: Path) -> None:
     assert rows["channels"]["energy_kept"] > rows["uniform"]["energy_kept"]
 
 
+@pytest.mark.slow
 def test_networks_that_lost_channels_by_time_are_timed(tmp_path: Path) -> None:
     words = ("folded", "--networks", "bsdp:resnet20,8", "--batch-sizes", "1", "--engines", "channels_last")
     selections = ("--selections", "channel_latency,channel_half_time", "--repeats", "1")
