@@ -54,12 +54,15 @@ def test_every_file_says_what_it_is_for_and_how() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fewer examples times positions")  # of one small batch
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "whole"])
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
-def test_complete_file_runs(path: Path, folder: Path) -> None:
+def test_complete_file_runs(path: Path, small: bool, folder: Path) -> None:
     # Without the data and weights that do not ship: digits and random weights in their place, one batch.
     config = yaml.safe_load(path.read_text())
     model = config["model"]
     init = {**model["init_args"], "weights": "none", "num_classes": 10, "head": "original"}
+    if small:
+        init["backbone"] = "bsdp:resnet20"
     tiny = write(folder / "tiny.yaml", {"model": {**model, "init_args": init}, "data": digits_for(config["data"])})
     options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
     assert cli.main(["fit", "--config", str(path), "--config", tiny, *options]) == 0

@@ -83,9 +83,21 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(LAYERS)
 def test_any_layer_goes_the_whole_way(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> None:
+    goes_the_whole_way(tmp_path_factory, drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(LAYERS)
+def test_many_layers_go_the_whole_way(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> None:
+    goes_the_whole_way(tmp_path_factory, drawn)
+
+
+def goes_the_whole_way(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> None:
+    """Decompose, prune, fold, save and load a layer, and take a checkpoint of it."""
     torch.manual_seed(drawn.seed)
     folder, dtype, inputs = tmp_path_factory.getbasetemp(), drawn.dtype, drawn.inputs()
     net = drawn.build().train()

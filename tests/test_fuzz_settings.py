@@ -164,13 +164,27 @@ def build(parser: ArgumentParser, part: str, path: str, options: dict[str, Any])
     return config[part].init_args.as_dict(), None
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.sampled_from(SLOTS), VALUES)
 @example(SLOTS[0], 0.5)
 @example(("model", "bsdp.task.TransferTask", "lr_scheduler"), {})
 def test_a_setting_is_accepted_where_it_is_allowed_and_else_explained(
     parser: ArgumentParser, slot: tuple[str, str, str], value: Any
 ) -> None:
+    accepted_or_explained(parser, slot, value)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(st.sampled_from(SLOTS), VALUES)
+def test_many_settings_are_accepted_where_they_are_allowed_and_else_explained(
+    parser: ArgumentParser, slot: tuple[str, str, str], value: Any
+) -> None:
+    accepted_or_explained(parser, slot, value)
+
+
+def accepted_or_explained(parser: ArgumentParser, slot: tuple[str, str, str], value: Any) -> None:
+    """A value is allowed by the rule of its setting, or the refusal names the setting."""
     part, path, key = slot
     rule = SETTINGS[part, path][key]
     understood, message = build(parser, part, path, {key: value})

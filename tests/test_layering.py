@@ -71,6 +71,17 @@ def folder_breach(source: str) -> list[str]:
     return [name for name in names if begins_with(name, ("callbacks", "datamodules"))]
 
 
+def early_imports(source: str) -> list[str]:
+    """Imports, outside of functions, of what callbacks load when they need it; those for type checkers do not count."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if typing or isinstance(node, ast.FunctionDef):
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+    late = ("wandb", "matplotlib")
+    return [name for name in imports_of(ast.unparse(tree), "bsdp.callbacks") if begins_with(name, late)]
+
+
 def core_files() -> list[Path]:
     return [p for p in sorted((ROOT / "bsdp").glob("*.py")) if f"bsdp.{p.stem}" not in UPPER]
 
@@ -90,16 +101,26 @@ def breaches(files: list[Path], rule: object) -> dict[str, list[str]]:
 
 
 def test_what_is_loaded_by_and_by() -> None:
-    core, overview, reports, callbacks = loaded_after(
+    core, overview, reports = loaded_after(
         "import bsdp",
         "from bsdp.cli import main; main(['--help'])",
         "import bsdp.plots, bsdp.report, bsdp.report_table, bsdp.artifacts",
-        "from bsdp import callbacks; callbacks.WandbPruningCurves(), callbacks.PruningReport()",
     )
     assert core == {"torch"}
     assert "lightning" not in overview
     assert not {"matplotlib", "rich", "lightning", "fvcore"} & reports
+
+
+@pytest.mark.slow
+def test_callbacks_load_wandb_late() -> None:
+    (callbacks,) = loaded_after("from bsdp import callbacks; callbacks.WandbPruningCurves(), callbacks.PruningReport()")
     assert "lightning" in callbacks and "wandb" not in callbacks
+
+
+def test_callbacks_import_wandb_and_plots_in_functions_only() -> None:
+    assert breaches(sorted((ROOT / "callbacks").glob("*.py")), early_imports) == {}
+    assert early_imports("import wandb") == ["wandb"] and early_imports("if x:\n    from wandb import a") == ["wandb.a"]
+    assert early_imports("import torch\ndef f():\n    import wandb") == []
 
 
 def test_the_look_into_a_fresh_interpreter_can_fail() -> None:

@@ -21,11 +21,17 @@ from bsdp.callbacks._measuring import spread_batches
 from bsdp.task import TransferTask
 from tests.callbacks.test_precision import CpuScaler
 from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Stripes, make_trainer
 
+SPLITS = [
+    (order, split) for order in ("basis_then_channel", "channel_then_basis", "alternate") for split in ("auto", 0.5)
+]
 
-@pytest.mark.parametrize("split", ["auto", 0.5])
-@pytest.mark.parametrize("order", ["basis_then_channel", "channel_then_basis", "alternate"])
+
+@pytest.mark.parametrize(
+    ("order", "split"), slow_but([SPLITS[0], ("channel_then_basis", 0.5), ("alternate", "auto")], SPLITS)
+)
 def test_orders_and_splits(order: str, split: Any, tmp_path: Path) -> None:
     module, report = ResidualClassifier(), PruningReport(latency_repeats=0, plot=False)
     pruning = {"order": order, "split": split, "target": 0.6, "schedule": "constant"}
@@ -218,9 +224,11 @@ class Task(TransferTask):
 
 
 @pytest.mark.parametrize(
-    "double", [pytest.param(False, marks=pytest.mark.slow, id="channel"), pytest.param(True, id="double")]
+    ("double", "format"), slow_but([(True, "pt2")], [(True, "pt2"), (True, "onnx"), (False, "onnx")])
 )
-def test_report_and_commands_on_a_run_folder(double: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_and_commands_on_a_run_folder(
+    double: bool, format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, report = Task("bsdp:resnet20", num_classes=4, weights="none"), PruningReport(latency_repeats=1)
     pruning: dict[str, Any] = {"criterion": "l1", "target": 0.6, "rounds": 1}
     if double:
@@ -241,8 +249,8 @@ def test_report_and_commands_on_a_run_folder(double: bool, tmp_path: Path, capsy
     for words in (
         ["describe", run],
         ["benchmark", "--ckpt", run, "--repeats", "1"],
-        ["export", "--ckpt", run, "--format", "onnx", "--check"],
+        ["export", "--ckpt", run, "--format", format, "--check"],
     ):
         assert cli.main([str(word) for word in words]) == 0, capsys.readouterr().err
-    assert (run / "model.onnx").is_file()
+    assert (run / f"model.{format}").is_file()
     assert f"{summary['params_pruned']:,}" in capsys.readouterr().out
