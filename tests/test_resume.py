@@ -169,7 +169,9 @@ def test_killed_processes(tmp_path: Path, reference: Reference, names: tuple[str
         pytest.param(
             ["--data.num_workers=2"], {}, [MOMENTS[0], MOMENTS[2]], id="workers twice", marks=pytest.mark.slow
         ),
-        pytest.param(["--model.schedule=plateau"], {}, [("on_train_epoch_start", 2, None)], id="plateau"),
+        pytest.param(
+            ["--model.schedule=plateau"], {}, [("on_train_epoch_start", 2, None)], id="plateau", marks=pytest.mark.slow
+        ),
         pytest.param([], {"val_check_interval": 0.5}, [("on_train_batch_end", 2, 2)], id="validations"),
         pytest.param([], {"val_check_interval": 0.5}, [MOMENTS[4]], id="last validation", marks=pytest.mark.slow),
         pytest.param(

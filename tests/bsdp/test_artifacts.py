@@ -19,6 +19,7 @@ from bsdp.backbones import build_backbone
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_surgery import remove_channels
 from bsdp.task import TransferTask
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Classifier, small_network
 from tests.helpers.tiny_run import CLASS_NAMES, prune, write_checkpoint, write_run
 
@@ -40,7 +41,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["", "pruned.ckpt", "pruned.safetensors"])
+@pytest.mark.parametrize("name", slow_but(["", "pruned.safetensors"], ["", "pruned.ckpt", "pruned.safetensors"]))
 def test_the_pruned_network_comes_back(run: Path, name: str) -> None:
     artifact = load_artifact(run / name)
     task = TransferTask.load_from_checkpoint(run / "pruned.ckpt").eval()

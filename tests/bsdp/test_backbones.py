@@ -16,6 +16,7 @@ from bsdp.cifar_nets import CifarResNet, PadShortcut
 from bsdp.datamodules import CIFAR10DataModule
 from bsdp.heads import find_head, head_outputs, replace_head
 from bsdp.weight_files import find_weight_file, looks_like_file, no_weight_files
+from tests.helpers.marks import slow_but
 
 # One model of each family, and what its head is called.
 TORCHVISION = {
@@ -39,6 +40,10 @@ TORCHVISION = {
     "vgg11": "classifier.6",
     "vit_b_16": "heads.head",
     "wide_resnet50_2": "fc",
+}
+# Those take a second each to build, and their heads are as those of others.
+LARGE = {"efficientnet_b0", "efficientnet_v2_s", "maxvit_t", "mobilenet_v2", "resnext50_32x4d", "swin_v2_t"} | {
+    "wide_resnet50_2"
 }
 DATA = os.environ.get("BSDP_DATA")
 
@@ -82,7 +87,7 @@ def test_pad_shortcut_equals_the_slow_form() -> None:
     assert torch.equal(PadShortcut(4, 8, stride=2)(x), expected)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", slow_but(TORCHVISION.keys() - LARGE, TORCHVISION))
 def test_head_of_every_torchvision_family_is_found_and_replaced(name: str) -> None:
     with torch.device("meta"):
         backbone = build_backbone(f"torchvision:{name}", num_classes=7, weights="none")

@@ -18,6 +18,7 @@ from bsdp.stats import described_layers, measure_positions
 from tests.helpers.channel_nets import channel_net, groups_of
 from tests.helpers.channel_removal import TRACEABLE, cut, random_units, traceable_batch, traceable_net
 from tests.helpers.compare import decomposed, half_ranks, keep_ranks
+from tests.helpers.marks import slow_but
 
 
 def measured(net: nn.Module, example: Tensor, kind: str) -> int:
@@ -31,8 +32,10 @@ def positions_of(net: nn.Module, example: Tensor) -> dict[str, Positions]:
 
 
 # Reference: the real thing, removed and measured
-@pytest.mark.parametrize("form", ["plain", "full rank", "half rank"])
-@pytest.mark.parametrize("name", TRACEABLE)
+FORMS = [(form, name) for name in TRACEABLE for form in ("plain", "half rank", "full rank")]
+
+
+@pytest.mark.parametrize(("form", "name"), slow_but([f for f in FORMS if f[0] != "full rank"], FORMS))
 def test_the_reckoning_is_what_the_removal_leaves(name: str, form: str) -> None:
     net, example = traceable_net(name), traceable_batch(name, batch=1)
     net = net if form == "plain" else decomposed(net)

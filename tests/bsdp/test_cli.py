@@ -252,16 +252,14 @@ def test_last_continues_in_the_folder_of_the_run(folder: Path, capsys: pytest.Ca
 def test_last_of_a_name_takes_the_settings_of_that_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["fit", "--config", "tiny.yaml", "--name", "a"])
     cli.main(["fit", "--config", "tiny.yaml", "--name", "b", "--data.image_size", "10"])
+    same = ["--model.backbone", "bsdp:resnet20"]
+    assert cli.main(["test", "--name", "a", "--ckpt_path", "last", *same]) == 0  # though b is the newest
+    tested = yaml.safe_load((folder / "logs/a/test/version_0/config.yaml").read_text())
+    assert tested["data"]["init_args"]["image_size"] == 8 and "logs/a/version_0" in tested["ckpt_path"]
     assert cli.main(["fit", "--name", "a", "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
     resumed = yaml.safe_load((folder / "logs/a/version_0/config.resume-1.yaml").read_text())
     assert resumed["data"]["init_args"]["image_size"] == 8
-    cli.main(["fit", "--config", "tiny.yaml", "--name", "b", "--data.image_size", "10"])  # b is the newest now
-    assert cli.main(["test", "--name", "a", "--ckpt_path", "last"]) == 0
-    tested = yaml.safe_load((folder / "logs/a/test/version_0/config.yaml").read_text())
-    assert tested["data"]["init_args"]["image_size"] == 8 and "logs/a/version_0" in tested["ckpt_path"]
 
-    same = ["--model.backbone", "bsdp:resnet20"]
-    assert cli.main(["test", "--name", "a", "--ckpt_path", "last", *same]) == 0
     for option, value in (("label_smoothing", "0.3"), ("init_args.lr_scheduler", "constant")):
         text = refused(["test", "--name", "a", "--ckpt_path", "last", f"--model.{option}", value], capsys)
         assert f"`--model.{option.removeprefix('init_args.')} {value}` has no effect beside `--ckpt_path`" in text

@@ -50,6 +50,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_export_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnxruntime
 
@@ -85,11 +86,23 @@ SOURCES = ["pruned.ckpt", "pruned.safetensors", "checkpoints/last.ckpt"]
 
 @pytest.mark.parametrize("source", slow_but(["pruned.ckpt"], SOURCES))
 def test_export_programs_of_every_source(run: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
-    text = done(capsys, "export", "--ckpt", run / source, "--format", "pt2", "--channels-last", "--image-size", 12)
+    options = ("--channels-last", "--image-size", 12, "--dynamic-batch", "--check")
+    text = done(capsys, "export", "--ckpt", run / source, "--format", "pt2", *options)
     path = (run / source).with_name("model.pt2")
+    stats = bsdp.describe(load_artifact(run / source).decomposed, torch.zeros(1, 3, 12, 12))
+    for words in (
+        f"{run / source}: bsdp:resnet20, 4 classes, images 3x12x12",
+        "21 batch norms folded (largest difference of the outputs: ",
+        "checked at batch size 1: largest difference from PyTorch ",
+        "checked at batch size 3: largest difference from PyTorch ",
+        f"{path}: {path.stat().st_size:,} bytes",
+        f"parameters: {stats.params:,} of {stats.params_original:,} ({stats.params_kept:.1%} kept)",
+        f"MACs: {stats.macs:,} of {stats.macs_original:,} ({stats.macs_kept:.1%} kept)",
+    ):
+        assert words in text
     extra = {"bsdp.json": ""}
     program = torch.export.load(path, extra_files=extra)
-    images = torch.randn(1, 3, 12, 12)
+    images = torch.randn(5, 3, 12, 12)
 
     torch.testing.assert_close(
         program.module()(images), load_artifact(run / source).folded(images), rtol=1e-3, atol=1e-4

@@ -16,6 +16,7 @@ from bsdp.double_pruner import ORDERS, DoublePruner, DoublePruningSettings, outp
 from bsdp.layers import weight_of
 from bsdp.widths import widths_of
 from tests.helpers.channel_runs import ResidualNet
+from tests.helpers.marks import slow_but
 from tests.helpers.resuming import differences
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -292,8 +293,10 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         make(**settings)
 
 
-@pytest.mark.parametrize("kind", ["params", "macs"])
-@pytest.mark.parametrize("order", ORDERS)
+REACHED = [(kind, order) for kind in ("params", "macs") for order in ORDERS]
+
+
+@pytest.mark.parametrize(("kind", "order"), slow_but(REACHED[::2], REACHED))
 def test_no_target_that_can_be_reached_is_refused(kind: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut of channels lowers the ranks, too, so that few rounds go further than rank by rank."""
     bounds = {"rounds": 2, "max_layer_ratio": 0.3, "max_group_ratio": 0.9, "min_channels": 4, "mean_to_bias": False}

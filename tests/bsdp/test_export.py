@@ -133,7 +133,7 @@ def test_existing_files_stay_unless_forced(tmp_path: Path) -> None:
         bsdp.export(small_net(), tmp_path, images(), format="pt2", force=True)
 
 
-@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+@pytest.mark.parametrize("name", [pytest.param("net.onnx", marks=pytest.mark.slow), "net.pt2"])
 def test_a_file_that_is_another_function_is_not_kept(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The command line with checkpoints and files that mean harm: one paragraph, code 2, nothing on disk changed."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from bsdp import cli
 from tests.bsdp.test_cli import TINY, refused
 from tests.helpers.hostile import WRITERS, Payload
+from tests.helpers.marks import slow_but
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -49,7 +51,12 @@ FIRST = "network.conv1"
 LIES: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "rank": (
         lambda c: c["bsdp"]["pairs"].update({FIRST: {"rank": -1}}),
-        ("test", "fit"),
+        ("test",),
+        "gives layer 'network.conv1' the rank -1",
+    ),
+    "rank in fit": (
+        lambda c: c["bsdp"]["pairs"].update({FIRST: {"rank": -1}}),
+        ("fit",),
         "gives layer 'network.conv1' the rank -1",
     ),
     "shape": (
@@ -86,7 +93,7 @@ LIES: dict[str, tuple[Change, tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("lie", slow_but(LIES.keys() - {"rank in fit", "missing", "optimizer_state"}, LIES))
 def test_checkpoints_that_lie_change_nothing(
     lie: str, finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,17 +115,19 @@ def test_checkpoints_that_lie_change_nothing(
         name.unlink()
 
 
-@pytest.mark.parametrize("word", cli.TRAINER_WORDS)
+@pytest.mark.parametrize(
+    ("word", "writer"),
+    slow_but(zip(cli.TRAINER_WORDS, WRITERS, strict=True), itertools.product(cli.TRAINER_WORDS, WRITERS)),
+)
 def test_no_word_unpickles_a_checkpoint(
-    word: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    word: str, writer: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(finished[0].parents[2] / "tiny.yaml")
-    for writer, write in WRITERS.items():
-        marker = tmp_path / "marker"
-        write({"state_dict": {}, "hyper_parameters": {"head_lr": Payload(marker)}}, tmp_path / f"{writer}.ckpt")
-        text = refused([word, "--config", config, "--ckpt_path", str(tmp_path / f"{writer}.ckpt")], capsys)
-        assert "cannot be read" in text and "weights_only" not in text
-        assert not marker.exists()
+    path, marker = tmp_path / "evil.ckpt", tmp_path / "marker"
+    WRITERS[writer]({"state_dict": {}, "hyper_parameters": {"head_lr": Payload(marker)}}, path)
+    text = refused([word, "--config", config, "--ckpt_path", str(path)], capsys)
+    assert "cannot be read" in text and "weights_only" not in text
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + b"\0" * 90, b"hello", b"\x80\x02."], ids=str)

@@ -22,6 +22,7 @@ from tests.helpers.compare import (
     randomize_scales,
     snapshot,
 )
+from tests.helpers.marks import slow_but
 from tests.helpers.nets import NETS, make_input, make_net
 from tests.helpers.reference import fvcore_macs
 
@@ -38,8 +39,10 @@ def cut(net: nn.Module, inputs: Tensor, ratio: float, *, with_means: bool) -> bs
     return plan
 
 
-@pytest.mark.parametrize("with_means", [False, True], ids=["plain", "mean_to_bias"])
-@pytest.mark.parametrize("name", NETS)
+COSTS = [(name, means) for means in (False, True) for name in NETS]
+
+
+@pytest.mark.parametrize(("name", "with_means"), slow_but([*COSTS[: len(NETS)], ("residual", True)], COSTS))
 def test_promised_cost_is_that_of_the_folded_model_before_and_after_cuts(name: str, with_means: bool) -> None:
     net, inputs = decomposed(make_net(name)), make_input(name)
     original = make_net(name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bsdp
 from bsdp.importance import NoScoresError
 from bsdp.two_temperature import TwoTemperatureGates, gate_step, hard_gate, soft_slope
+from tests.helpers.marks import slow_but
 from tests.helpers.nets import GroupedNet
 
 BENEFIT = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.4, 0.1], dtype=torch.float64)
@@ -43,8 +44,10 @@ def searched(penalty: float, *, hard: float = math.inf) -> list[bool]:
     return [bool(mean > 400) for mean in means]
 
 
-@pytest.mark.parametrize("hard", [50.0, math.inf])
-@pytest.mark.parametrize("penalty", PENALTIES)
+SEARCHES = [(penalty, hard) for hard in (50.0, math.inf) for penalty in PENALTIES]
+
+
+@pytest.mark.parametrize(("penalty", "hard"), slow_but(SEARCHES[::2], SEARCHES))
 def test_the_best_subset_of_a_quadratic_is_found(penalty: float, hard: float) -> None:
     assert searched(penalty, hard=hard) == best_subset(penalty)
 

@@ -22,6 +22,7 @@ from lightning.pytorch.tuner import Tuner
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.marks import slow_but
 from tests.helpers.outcomes import Watch, check, ranks, run
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
@@ -82,8 +83,10 @@ def test_progress_bar(tmp_path: Path) -> None:
     run(Classifier(), tmp_path, RichProgressBar(), enable_progress_bar=True)
 
 
-@pytest.mark.parametrize("name", ["batch size", "learning rate"])
-@pytest.mark.parametrize("first", [True, False])
+TUNERS = [("batch size", True), ("batch size", False), ("learning rate", True), ("learning rate", False)]
+
+
+@pytest.mark.parametrize(("name", "first"), slow_but(TUNERS[::3], TUNERS))
 def test_tuning_callbacks_cut_nothing_and_leave_no_trace(name: str, first: bool, tmp_path: Path) -> None:
     module, data = Tunable(), Stripes(batch_size=8)
     tuner: Callback = BatchSizeFinder(max_trials=2, steps_per_trial=2, init_val=16)

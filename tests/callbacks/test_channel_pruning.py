@@ -18,6 +18,7 @@ from bsdp.scale_hooks import scales_of
 from bsdp.task import TransferTask
 from tests.callbacks.test_precision import CpuScaler
 from tests.helpers.channel_runs import ResidualClassifier, ResidualNet, check, fit, widths
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Stripes
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -91,8 +92,10 @@ def test_frozen_weights_stay_frozen(tmp_path: Path) -> None:
     assert kernels(module.network.conv1.weight) < before  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["after set-up", "before set-up"])
-@pytest.mark.parametrize("criterion", ["channel_scaling", "transtailor"])
+FACTORS = [("channel_scaling", False), ("channel_scaling", True), ("transtailor", False), ("transtailor", True)]
+
+
+@pytest.mark.parametrize(("criterion", "early"), slow_but(FACTORS[::3], FACTORS))
 def test_only_factors_and_head_train(criterion: str, early: bool, tmp_path: Path) -> None:
     module = ResidualClassifier(early=early)
     before = kernels(module.network.conv2.weight)  # type: ignore[arg-type]
@@ -292,8 +295,10 @@ class InTurns(Still):
         return [torch.optim.SGD(part, lr=0.0) for part in parts]
 
 
-@pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
-@pytest.mark.parametrize("head_first", [False, True])
+TAYLOR = [(False, "taylor_2016"), (False, "taylor_2019"), (True, "taylor_2016"), (True, "taylor_2019")]
+
+
+@pytest.mark.parametrize(("head_first", "criterion"), slow_but(TAYLOR[::3], TAYLOR))
 def test_every_group_is_scored_once_by_one_of_several_optimizers(
     head_first: bool, criterion: str, tmp_path: Path
 ) -> None:
@@ -318,7 +323,7 @@ class Scores(Callback):
             self.first = torch.cat(list(pruner.stage.scores.compute().values()))
 
 
-@pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
+@pytest.mark.parametrize("criterion", slow_but(["taylor_2016"], ["taylor_2016", "taylor_2019"]))
 def test_scaled_gradients_are_unscaled(criterion: str, tmp_path: Path) -> None:
     found = []
     for options in ({"precision": "bf16-mixed"}, {"plugins": [CpuScaler()]}):
@@ -357,8 +362,10 @@ class Late(ResidualClassifier):
             self.network = ResidualNet()  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("criterion", ["taylor_2019", "transtailor"])
-@pytest.mark.parametrize("kind", ["spread", "late", "loaders", "example"])
+KINDS = [(kind, name) for kind in ("spread", "late", "loaders", "example") for name in ("taylor_2019", "transtailor")]
+
+
+@pytest.mark.parametrize(("kind", "criterion"), slow_but(KINDS[1::2], KINDS))
 def test_kinds_of_modules_and_data(kind: str, criterion: str, tmp_path: Path) -> None:
     module = Spread() if kind == "spread" else Late() if kind == "late" else ResidualClassifier()
     call: dict[str, Any] = {}
@@ -470,7 +477,7 @@ def test_a_folded_network(tmp_path: Path) -> None:
     assert widths(module)[1] < 16
 
 
-@pytest.mark.parametrize("criterion", ["l1", "channel_scaling"])
+@pytest.mark.parametrize("criterion", slow_but(["channel_scaling"], ["l1", "channel_scaling"]))
 def test_a_model_that_cannot_be_traced_is_named(criterion: str, tmp_path: Path) -> None:
     task = TransferTask("bsdp:resnet20_pad", num_classes=4, weights="none")
     data = DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.randint(4, (4,))), 2)

@@ -14,6 +14,7 @@ import bsdp
 from bsdp.resume import LastCheckpoint, RunState
 from bsdp.task import TransferTask
 from tests.helpers.channel_runs import ResidualClassifier, Shuffled, check, fit, widths
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import make_trainer
 from tests.helpers.resuming import SaveAt, Stopped, differences
 
@@ -95,7 +96,10 @@ def outcome(module: Any, callback: Any, trainer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [*((name, "after a cut") for name in RUNS), ("double", "before any")],
+    slow_but(
+        [*((name, "after a cut") for name in (*FEWER, "activation_cumsum"))],
+        [*((name, "after a cut") for name in RUNS), ("double", "before any")],
+    ),
 )
 def test_ends_as_if_it_never_stopped(name: str, moment: str, whole: Any, tmp_path: Path) -> None:
     expected, saved = whole(name)
@@ -131,7 +135,7 @@ def test_everything_is_restored_in_mid_epoch(name: str, whole: Any, tmp_path: Pa
     assert look.structure == saved["bsdp"] and "widths" in saved["bsdp"] and look.fits
 
 
-@pytest.mark.parametrize("name", ["taylor_2019", "double"])
+@pytest.mark.parametrize("name", slow_but(["double"], ["taylor_2019", "double"]))
 def test_a_better_checkpoint_from_before_further_cuts_can_be_tested(name: str, tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path / "kept", monitor="steered", mode="max", filename="best")
     values = [0.5, 0.6, 0.9, 0.7, 0.8]  # the best epoch is that of the first cut
@@ -153,7 +157,7 @@ class Task(TransferTask):
         return super().forward(images.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", slow_but([True], [False, True]))
 def test_task_from_a_checkpoint_without_callbacks(double: bool, tmp_path: Path) -> None:
     task = Task("bsdp:resnet20", num_classes=4, weights="none")
     keeper = ModelCheckpoint(tmp_path / "kept", save_weights_only=True, filename="last")
@@ -184,7 +188,7 @@ def test_early_stopping_stays(tmp_path: Path) -> None:
     assert trainer.global_step == 24 and callback.checkpoint_path.is_file()
 
 
-@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("name", slow_but(["taylor_2019", "double"], FEWER))
 def test_epochs_that_are_added_train_the_final_structure(name: str, tmp_path: Path) -> None:
     pruning = {"rounds": None}
     first, before, _, _ = go(tmp_path, name, LastCheckpoint(), pruning=pruning, enable_checkpointing=True)

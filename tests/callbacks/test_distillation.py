@@ -20,6 +20,7 @@ import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning
 from bsdp.distillation import SelfDistillation
 from tests.helpers.channel_runs import ResidualClassifier
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Classifier, Manual, Stripes, make_trainer
 
 WEIGHT, TEMPERATURE = 0.7, 3.0
@@ -87,13 +88,16 @@ def run(kind: type[Classifier], folder: Path, *others: Callback, pruning: Any = 
     return dict(module.state_dict()), pruning.record.rounds
 
 
+SAME: list[dict[str, Any]] = [{}, {"accumulate_grad_batches": 4}, {"accumulate_grad_batches": 2, "scaled": True}]
+
+
 def plain() -> IterativeBasisPruning:
     return IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=2, tolerance=None)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 4}, {"accumulate_grad_batches": 2, "scaled": True}],
+    slow_but([SAME[0], SAME[2]], SAME),
     ids=["plain", "accumulated", "accumulated_and_scaled"],
 )
 def test_the_same_run_as_with_the_loss_written_out(options: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
 LAYERS = ("0.0", "0.2")
@@ -47,8 +48,10 @@ def rows(trainer: Trainer) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("kind", ["params", "macs", "bases"])
-@pytest.mark.parametrize("schedule", ["geometric", "cubic", "constant"])
+BUDGETS = [(kind, schedule) for kind in ("params", "macs", "bases") for schedule in ("geometric", "cubic", "constant")]
+
+
+@pytest.mark.parametrize(("kind", "schedule"), slow_but(BUDGETS[::2], BUDGETS))
 def test_budget_is_met_after_the_last_round(tmp_path: Path, kind: Any, schedule: Any) -> None:
     module = Classifier()
     pruning = IterativeBasisPruning(

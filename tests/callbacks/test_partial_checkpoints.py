@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, DoublePruning, IterativeBasisPruning, PruningReport
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
 OPTIONS: dict[str, Any] = {"target": 0.3, "rounds": 1, "tolerance": 0.9}
@@ -54,7 +55,10 @@ def fit(folder: Path, callbacks: list[Callback], module: Partial, *, epochs: int
     return next(callback for callback in callbacks if hasattr(callback, "pruner"))
 
 
-@pytest.mark.parametrize(("kind", "plain"), [("basis", False), ("basis", True), ("channel", False), ("double", True)])
+KINDS = [("basis", True), ("basis", False), ("channel", False), ("double", True)]
+
+
+@pytest.mark.parametrize(("kind", "plain"), slow_but(KINDS[1:], KINDS))
 def test_a_run_ends_with_files_that_follow_the_module(kind: str, plain: bool, tmp_path: Path) -> None:
     module = Partial(plain=plain)
     pruning = fit(tmp_path, CALLBACKS[kind](), module)

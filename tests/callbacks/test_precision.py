@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 import bsdp
+from tests.helpers.marks import slow_but
 from tests.helpers.outcomes import run
 from tests.helpers.pruning_runs import Classifier, Stripes
 
@@ -39,8 +40,10 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("metric", ["euclidean", "activation"])
+PRECISIONS = [(metric, precision) for metric in ("euclidean", "activation") for precision in DTYPES]
+
+
+@pytest.mark.parametrize(("metric", "precision"), slow_but([*PRECISIONS[:5], ("activation", "16-true")], PRECISIONS))
 def test_precision(precision: Any, metric: str, tmp_path: Path) -> None:
     module, scores = Classifier(), Scores()
     _, pruning, _ = run(

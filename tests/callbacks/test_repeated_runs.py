@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.marks import slow_but
 from tests.helpers.outcomes import Watch, check, ranks
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 
@@ -111,8 +112,14 @@ def test_validate_test_and_predict_before_and_after_a_fit(tmp_path: Path) -> Non
     assert used[0].record.rounds == rounds
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-@pytest.mark.parametrize("after", [False, True], ids=["new", "used"])
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+COPIES = [(copy.deepcopy, True), (copy.deepcopy, False), (pickled, True), (pickled, False)]
+
+
+@pytest.mark.parametrize(("duplicate", "after"), slow_but(COPIES[::3], COPIES))
 def test_copies_work_like_the_originals(duplicate: Any, after: bool, tmp_path: Path) -> None:
     originals = callbacks()[:2]
     module = Classifier()

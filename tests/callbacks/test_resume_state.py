@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
 from bsdp.resume import LastCheckpoint, RunState
+from tests.helpers.marks import slow_but
 from tests.helpers.pruning_runs import Classifier, Stripes, make_trainer
 from tests.helpers.resuming import SaveAt, StopAt, Stopped, differences
 
@@ -112,8 +113,11 @@ def fit(
     return module, pruning, trainer
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("moment", [("on_train_epoch_end", 3), ("on_train_batch_end", 2, 1), ("on_validation_end", 2)])
+MOMENTS = [("on_train_epoch_end", 3), ("on_train_batch_end", 2, 1), ("on_validation_end", 2)]
+RESTORED = [(moment, early) for moment in MOMENTS for early in (False, True)]
+
+
+@pytest.mark.parametrize(("moment", "early"), slow_but([RESTORED[1], RESTORED[2], RESTORED[4]], RESTORED))
 def test_everything_is_restored_before_the_first_step(tmp_path: Path, moment: Any, early: bool) -> None:
     with pytest.raises(Stopped):
         fit(tmp_path, SaveAt(*moment), learner={"early": early})
@@ -148,8 +152,13 @@ def test_dropout_and_shuffling_go_on_from_an_epochs_end(
         assert resumed.record.rounds == pruning.record.rounds
 
 
-@pytest.mark.parametrize("prune", [{}, {"rebase": "every_round", "metric": "activation"}], ids=["", "rebase"])
-@pytest.mark.parametrize("first", [True, False])
+REBASE = {"rebase": "every_round", "metric": "activation"}
+
+
+@pytest.mark.parametrize(
+    ("prune", "first"),
+    slow_but([({}, True), (REBASE, False)], [({}, True), ({}, False), (REBASE, True), (REBASE, False)]),
+)
 def test_training_of_all_weights_goes_on_from_an_epochs_end(tmp_path: Path, prune: dict[str, Any], first: bool) -> None:
     moments = [("on_train_epoch_end", 1), ("on_train_epoch_end", 3), ("on_train_batch_end", 1, 2)]
 

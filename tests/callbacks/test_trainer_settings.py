@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, IterativeBasisPruning
+from tests.helpers.marks import slow_but
 from tests.helpers.outcomes import Watch, check, ranks, run
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer
 
@@ -54,10 +55,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+# Here, or with another value, in a test of its own or of another file.
+SELDOM = {"tolerance", "limit_train_batches as a share", "val_check_interval 4", "inference_mode", "deterministic"} | {
+    *("gradient_clip_val by value", "min_epochs", "max_time", "profiler", "importance energy", "macs")
+}
+
+
+@pytest.mark.parametrize("name", slow_but(SETTINGS.keys() - SELDOM, SETTINGS))
 @pytest.mark.filterwarnings("ignore:You are running on single node with no parallelization, so distributed")
-def test_setting(settings: dict[str, Any], tmp_path: Path) -> None:
-    module = Classifier()
+def test_setting(name: str, tmp_path: Path) -> None:
+    module, settings = Classifier(), SETTINGS[name]
     _, pruning, _ = run(module, tmp_path, **settings)
     assert pruning.weights_path is not None and pruning.weights_path.is_file()
     if settings.get("pruning", {}).get("tolerance") is not None:
