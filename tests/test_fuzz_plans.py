@@ -106,7 +106,7 @@ def test_the_header_that_is_altered_is_the_one_of_the_file(good: Path) -> None:
     assert {**header, "backbone": "x"} == GOOD_HEADER
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(altered(GOOD_HEADER))
 def test_altered_headers_of_files(good: Path, header: Any) -> None:
     path = good.with_name("altered.safetensors")
@@ -125,7 +125,7 @@ def test_altered_headers_of_files(good: Path, header: Any) -> None:
         assert torch.equal(loaded(INPUTS), bsdp.load(model, good)(INPUTS))
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(altered(STRUCTURE), st.booleans())
 def test_altered_structures_of_checkpoints(good: Path, structure: Any, decompose_first: bool) -> None:
     path = good.with_name("altered.ckpt")

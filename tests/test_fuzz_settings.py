@@ -164,7 +164,7 @@ def build(parser: ArgumentParser, part: str, path: str, options: dict[str, Any])
     return config[part].init_args.as_dict(), None
 
 
-@settings(max_examples=80)
+@settings(max_examples=200)
 @given(st.sampled_from(SLOTS), VALUES)
 @example(SLOTS[0], 0.5)
 @example(("model", "bsdp.task.TransferTask", "lr_scheduler"), {})
