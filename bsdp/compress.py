@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsdp._checks import check_at_least, check_choice, check_share, check_whole
+from bsdp._checks import check_at_least, check_choice, check_whole
 from bsdp.calibration_data import collect_examples
 from bsdp.compression_choice import Progress, outputs_of
 from bsdp.compression_cutting import Cutter, Evaluate, ToleranceSearch, Trial, worth
@@ -210,8 +210,9 @@ def compress(
         raise ValueError("`tolerance` is a fall of what `evaluate` gives: give both or neither.")
     if tolerance is not None:
         check_at_least("tolerance", tolerance, 0)
+    settings = None
     if target is not None:
-        check_share("target", target)
+        settings = PruningSettings(target=target, target_kind=target_kind, tolerance=None, min_rank=min_rank)
     check_whole("min_rank", min_rank, 1)
     say = progress or (lambda _line: None)
     found = collect_examples(data, images=images)
@@ -237,8 +238,8 @@ def compress(
         latency_table = measure_latency_table(work, example, batch_size=latency_batch_size)
     cost = measure_cost(work, example, latency=latency_table)
     full = original_cost(work, example, cost=cost).with_times_of(cost).original(target_kind)
-    if target is not None:
-        _check_budget(work, cost, full, target, target_kind, min_rank)
+    if settings is not None:
+        _check_budget(work, cost, full, settings)
 
     def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
         return found.seen.batches(batch_size, device)
@@ -319,9 +320,9 @@ def _refuse_undecomposed(work: nn.Module, skipped: dict[str, str]) -> None:
         raise ValueError(f"`model` has no layer that can be decomposed ({reasons}).")
 
 
-def _check_budget(work: nn.Module, cost: ModelCost, full: float, target: float, kind: str, min_rank: int) -> None:
+def _check_budget(work: nn.Module, cost: ModelCost, full: float, settings: PruningSettings) -> None:
     """Refuse a target that is met, or out of reach."""
-    settings = PruningSettings(target=target, target_kind=kind, tolerance=None, min_rank=min_rank)
+    kind, target = settings.target_kind, settings.target
     now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
     least = cost.original(kind) * (1.0 - largest_removable_share(cost, settings))
     budget = (1.0 - target) * full
@@ -335,6 +336,6 @@ def _check_budget(work: nn.Module, cost: ModelCost, full: float, target: float, 
     elif budget < least:  # it has lost channels
         most = 1.0 - least / full
         raise ValueError(
-            f"`target={target}` is out of reach: with rank {min_rank} in every decomposed layer, {most:.1%} "
+            f"`target={target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, {most:.1%} "
             f"of the original's {kind} would be gone. Choose a target below {most:.3f}."
         )

@@ -83,7 +83,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-@settings(max_examples=70)
+@settings(max_examples=200)
 @given(LAYERS)
 def test_any_layer_goes_the_whole_way(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> None:
     goes_the_whole_way(tmp_path_factory, drawn)
