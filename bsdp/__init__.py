@@ -17,6 +17,7 @@ from bsdp.channel_settings import ChannelPruningSettings
 from bsdp.channel_surgery import remove_channels
 from bsdp.compensated_pruner import CompensatedResult, compensated_prune
 from bsdp.compress import CompressionResult, compress
+from bsdp.compression_cutting import CompressionTrial
 from bsdp.cost import LayerCost, ModelCost, layer_cost
 from bsdp.decompose import Decomposition, decompose, pair_from_layer
 from bsdp.delta_files import AppliedDelta, load_delta, save_delta
@@ -64,6 +65,7 @@ __all__ = [
     "ChannelScores",
     "CompensatedResult",
     "CompressionResult",
+    "CompressionTrial",
     "Decomposition",
     "Distiller",
     "DoublePruner",

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from bsdp._checks import check_at_least, check_choice, check_whole
 from bsdp.calibration_data import collect_examples
 from bsdp.compression_choice import Progress, outputs_of
-from bsdp.compression_cutting import Cutter, Evaluate, ToleranceSearch, Trial, worth
+from bsdp.compression_cutting import CompressionTrial, Cutter, Evaluate, ToleranceSearch, worth
 from bsdp.compression_steps import ALLOCATIONS, basis_scores, warn_of_few_positions
 from bsdp.cost import ModelCost
 from bsdp.decompose import decompose
@@ -59,6 +60,7 @@ class CompressionResult:
         seconds: Time that it took.
         latency_table: Measured times of the layers that it went by; None without such.
         reference: What `evaluate` gave for the original; None without a tolerance.
+        value: What it gave for the compressed network.
         trials: The cuts that were tried; none without a tolerance.
     """
 
@@ -75,13 +77,8 @@ class CompressionResult:
     seconds: float
     latency_table: LatencyTable | None = field(repr=False, default=None)
     reference: float | None = None
-    trials: tuple[Trial, ...] = ()
-
-    @property
-    def value(self) -> float | None:
-        """What `evaluate` gave for the compressed network; None without a tolerance."""
-        chosen = max((t for t in self.trials if t.tolerated), key=lambda t: t.removed, default=None)
-        return None if chosen is None else chosen.value
+    value: float | None = None
+    trials: tuple[CompressionTrial, ...] = ()
 
     @property
     def latency_kept(self) -> float | None:
@@ -111,7 +108,8 @@ class CompressionResult:
         if self.latency_kept is not None:
             lines.append(f"by the latency table {self.latency_kept:.1%} of the time kept")
         if self.value is not None:
-            lines.append(f"worth {self.value:.4g} of {self.reference:.4g}, the smallest of {len(self.trials)} tried")
+            tried = f"the smallest tolerated of {len(self.trials)} tried"
+            lines.append(f"worth {self.value:.4g} of {self.reference:.4g}, {tried}")
         lines.append(f"output change {self.output_change:.4g} on {where}{same}")
         lines.append(f"layers {fit}, batch norms {norms}; {self.examples} examples, {self.seconds:.1f} s")
         return "\n".join(lines)
@@ -154,7 +152,7 @@ def compress(
         tolerance: Largest allowed fall of what `evaluate` gives, in its units (0.01 is one point of an accuracy). The
             largest cut within it is searched for, to two hundredths of the original's cost.
         evaluate: Given a network of plain layers, in eval mode, says what it is worth, higher for better ones: its
-            accuracy on validation images, say. It is called once per cut that is tried, some six times.
+            accuracy on validation images, say. It is called for the original and for every cut that is tried, some six.
         metric: How bases are chosen, see `decompose`.
         allocation: What decides how much each layer loses: ``"kl"``, the change of the network's own predictions;
             ``"taylor"``, the change of the loss, which needs labels; ``"energy"``, the share of the layer's own output
@@ -181,6 +179,7 @@ def compress(
         ValueError: If an argument is not allowed, the data are empty, NaN, of another kind than the network takes, or
             lack labels that are needed, no layer can be decomposed, the target is out of reach, the latency table is of
             another network, or the outputs of the network, or of all networks to choose from, hold NaN or infinity.
+        TypeError: If `data`, `evaluate` or what it gives, or `latency_table` is of another type.
         FileNotFoundError: If there is no such file of a latency table.
 
     Warns:
@@ -204,6 +203,10 @@ def compress(
     check_whole("latency_batch_size", latency_batch_size, 1)
     if isinstance(latency_table, (str, os.PathLike)):
         latency_table = LatencyTable.load(latency_table)
+    if not isinstance(latency_table, LatencyTable | None):
+        raise TypeError(f"`latency_table` must be a LatencyTable or a file, got {type(latency_table).__name__}.")
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"`evaluate` must be a function of a network, got {type(evaluate).__name__}.")
     if target is None and tolerance is None:
         raise ValueError("give `target`, the share to remove, or `tolerance` with `evaluate`, or all of them.")
     if (tolerance is None) != (evaluate is None):
@@ -229,7 +232,6 @@ def compress(
         raise ValueError(
             "`model` gives NaN or infinity on `data`: check the weights and how the images are normalised."
         )
-    reference = None if evaluate is None else worth(evaluate, model)
     say("decomposing")
     skipped = decompose(work, include=include, exclude=exclude, example_input=example).skipped
     _refuse_undecomposed(work, skipped)
@@ -240,6 +242,11 @@ def compress(
     full = original_cost(work, example, cost=cost).with_times_of(cost).original(target_kind)
     if settings is not None:
         _check_budget(work, cost, full, settings)
+    else:
+        _refuse_nothing_to_cut(work, cost, full, target_kind, min_rank)
+    reference = None if evaluate is None else worth(evaluate, model)
+    if reference is not None and not math.isfinite(reference):
+        raise ValueError(f"`evaluate` gave {reference} for the original: it must give a finite number.")
 
     def batches() -> Iterable[tuple[tuple[Tensor, ...], Tensor | None]]:
         return found.seen.batches(batch_size, device)
@@ -251,14 +258,15 @@ def compress(
     how |= {"compensate": compensate, "recalibrate": recalibrate, "passes": passes, "batch_size": batch_size}
     how |= {"wanted": wanted, "found": found, "device": device, "say": say}
     cutter = Cutter(model, work, cost, survey, scores, full, **how)
-    trials: list[Trial] = []
+    search = None
     if evaluate is None or tolerance is None or reference is None:
         assert target is not None
         plan = cutter.plan(target)
         cutter.warn_of_miss(plan, target)
         best = cutter.cut(plan)
     else:
-        best = ToleranceSearch(cutter, evaluate, tolerance, reference, trials).run(target)
+        search = ToleranceSearch(cutter, evaluate, tolerance, reference)
+        best = search.run(target)
     held_out = 0 if found.held_out is found.seen else len(found.held_out)
     return CompressionResult(
         model=best.network,
@@ -274,7 +282,8 @@ def compress(
         seconds=time.perf_counter() - start,
         latency_table=latency_table,
         reference=reference,
-        trials=tuple(trials),
+        value=None if search is None or search.chosen is None else search.chosen.value,
+        trials=() if search is None else tuple(search.trials),
     )
 
 
@@ -339,3 +348,15 @@ def _check_budget(work: nn.Module, cost: ModelCost, full: float, settings: Pruni
             f"`target={target}` is out of reach: with rank {settings.min_rank} in every decomposed layer, {most:.1%} "
             f"of the original's {kind} would be gone. Choose a target below {most:.3f}."
         )
+
+
+def _refuse_nothing_to_cut(work: nn.Module, cost: ModelCost, full: float, kind: str, min_rank: int) -> None:
+    """Refuse a network that is as small as it gets, where no target says how small it is to be."""
+    now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
+    if cost.smallest(kind, min_rank=min_rank) < now:
+        return
+    way = "no decomposed layer is faster as a pair by the latency table" if cost.knows("latency") else "none can be cut"
+    raise ValueError(
+        f"`model` has no {kind} to lose: with rank {min_rank} in every decomposed layer it would cost as much as it "
+        f"does ({way}). Choose another `target_kind`, or decompose more layers."
+    )

@@ -22,6 +22,7 @@ from bsdp.compress import compress as _compress
 from bsdp.datamodules import ImageDataModule, ImageFolderDataModule
 from bsdp.export import refuse_existing
 from bsdp.files import save
+from bsdp.latency import LatencyTable
 from bsdp.probing import evaluating
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.report import Measurements, summarize, write_summary
@@ -61,7 +62,8 @@ def compress(
     """Compress a trained network without training: some hundred images, no labels, seconds to a minute.
 
     Writes ``pruned.safetensors`` (for `bsdp.load` and ``bsdp export --ckpt``) and ``summary.json``. The network comes
-    from `backbone` with its own head, or from `ckpt`. Labels of the data serve for measuring, and for ``taylor``.
+    from `backbone` with its own head, or from `ckpt`. Labels of the data serve for measuring,
+    for ``taylor`` and for a tolerance.
 
     Args:
         data: Where training images come from: the name of a packaged configuration of data (``cifar10``), a YAML file
@@ -71,7 +73,8 @@ def compress(
         backbone: ``bsdp:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
         weights: Of the backbone: ``default``, the name of published ones, or a file.
         ckpt: Run folder, or checkpoint of a TransferTask, pruned or not, in place of a backbone.
-        target_kind: What the target counts; ``latency``: the time of a pass on this machine.
+        target_kind: What shares are of, those to remove and those that are tried; ``latency``: the time of a pass on
+            this machine.
         tolerance: Largest allowed fall of the accuracy on validation images, as a fraction (0.01 = 1 point): the
             smallest network within it is searched for, which takes some six times as long.
         allocation: What decides how much each layer loses: the change of the network's predictions (``kl``), of the
@@ -102,8 +105,14 @@ def compress(
     for path in paths:
         refuse_existing(path, force=force)
     check_at_least("val_images", val_images, 0)
+    if target is None and tolerance is None:
+        raise ValueError("give `--target`, the share to remove, `--tolerance`, the accuracy that may be lost, or both.")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is a fraction, 0.01 for one point of accuracy, and below 1; got {tolerance}.")
     if tolerance is not None and not val_images:
         raise ValueError("`tolerance` is a fall of the accuracy on validation images: give some (`--val-images`).")
+    if latency_table is not None:
+        LatencyTable.load(latency_table)  # before data and weights are prepared
     source = _source(backbone, weights, ckpt)
     module = _data_module(data, source, image_size=image_size, data_dir=data_dir)
     module.prepare_data()
@@ -140,7 +149,8 @@ def compress(
     facts = {"class_names": module.class_names, "image_size": module.image_size, **(module.normalization or {})}
     save(result.model, paths[0], metadata={**source.metadata, **(facts if known else {})})
     asked = {"target": target, "target_kind": target_kind, "tolerance": tolerance}
-    summary = _summary(result, module, source.network, measured, asked, seed=seed)
+    checked = 0 if validation is None else len(validation.dataset)  # type: ignore[arg-type]
+    summary = _summary(result, module, source.network, measured, asked, images=checked, seed=seed)
     write_summary(summary, paths[1])
     if measures and result.latency_table is not None:
         result.latency_table.save(paths[2], force=True)
@@ -278,6 +288,7 @@ def _summary(
     measured: dict[str, tuple[float, float]],
     asked: dict[str, Any],
     *,
+    images: int,
     seed: int,
 ) -> dict[str, Any]:
     """The summary of a run with one round, so that all that reads runs reads it."""
@@ -286,7 +297,12 @@ def _summary(
     full = {name: layer.full_rank for name, layer in cost.layers.items()}
     notes, known = _of_the_original(given, measured)
     before, after = known.get("val", (None, None))
-    record = PruningRecord(**asked, cost=cost, reference=before, chosen=1)
+    if 0 < (asked["tolerance"] or 0) * images < 1:
+        notes.append(
+            f"one of the {images} validation images is {100 / images:.2g} points of accuracy, more than the tolerance: "
+            "give more (`--val-images`)."
+        )
+    record = PruningRecord(**{**asked, "target": asked["target"] or 0.0}, cost=cost, reference=before, chosen=1)
     record.input_shapes = [[1, *module.image_shape]]
     rounds = ((full, stats.params_original, stats.macs_original, before), (ranks, stats.params, stats.macs, after))
     record.rounds = [
@@ -295,8 +311,6 @@ def _summary(
     ]
     if cost.knows("latency"):
         record.rounds = [replace(entry, latency=cost.deployed(entry.ranks, "latency")) for entry in record.rounds]
-    if asked["target"] is None:
-        record.target = 1.0 - (record.kept(record.rounds[1], asked["target_kind"]) or 0.0)
     if widths_of(result.model):  # channels are gone, so that the cost of the original does not tell
         layers = described_layers(result.model)
         rows = layer_rows(result.model, measure_positions(result.model, layers, example))
@@ -309,9 +323,15 @@ def _summary(
         seed=seed,
         notes=tuple(notes),
     )
-    own = ("output_change", "agreement", "compensated", "recalibrated", "examples", "held_out", "seconds")
+    own = ["output_change", "agreement", "compensated", "recalibrated", "examples", "held_out", "seconds"]
+    own += ["reference", "value"]
     compression = {key: getattr(result, key) for key in own} | {"trials": [asdict(trial) for trial in result.trials]}
-    return {**summarize(record, facts), "compression": compression}
+    summary = {**summarize(record, facts), "compression": compression}
+    if asked["target"] is None:
+        summary |= {"target": None, "reached_target": None}
+    if asked["tolerance"] is not None:
+        summary["met_tolerance"] = True  # or there is no result
+    return summary
 
 
 def _of_the_original(

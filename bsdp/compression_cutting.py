@@ -28,12 +28,12 @@ _RESOLUTION = 0.02  # of the original's cost: the search ends within so much of 
 
 
 @dataclass(frozen=True)
-class Trial:
+class CompressionTrial:
     """A cut that was tried.
 
     Attributes:
         removed: Share of the original that went.
-        value: What the cut network was worth; None for one that was not fit for use.
+        value: What the cut network was worth; None for one that was not fit for use, or worth no finite number.
         tolerated: Whether that was enough.
     """
 
@@ -157,13 +157,17 @@ class ToleranceSearch:
         tolerance: Largest fall.
         reference: What the original is worth.
         trials: What was tried, in this order.
+        chosen: The trial of the network that `run` gave.
     """
 
     cutter: Cutter
     evaluate: Evaluate
     tolerance: float
     reference: float
-    trials: list[Trial] = field(default_factory=list)
+    trials: list[CompressionTrial] = field(default_factory=list)
+    chosen: CompressionTrial | None = None
+    _refused: list[dict[str, int]] = field(default_factory=list)  # ranks of plans that were not tolerated
+    _reason: str = ""
 
     def run(self, target: float | None) -> Candidate:
         """Find the cut.
@@ -175,52 +179,70 @@ class ToleranceSearch:
             ValueError: If no cut is tolerated.
         """
         low, high, best = self.cutter.gone, self.cutter.most if target is None else target, None
-        if target is not None:
-            best = self._tried(target)
-            low = target if best is not None else low
+        if target is not None or high - low <= _RESOLUTION:
+            plan = self.cutter.plan(high)
+            best = self._tried(plan)
+            if best is not None:
+                if target is not None:
+                    self.cutter.warn_of_miss(plan, target)
+                return best
         while high - low > _RESOLUTION:
             middle = (low + high) / 2.0
-            found = self._tried(middle)
+            found = self._tried(self.cutter.plan(middle))
             if found is None:
                 high = middle
             else:
-                low, best = middle, found
+                assert self.chosen is not None
+                low, best = max(middle, self.chosen.removed), found
         if best is None:
-            tried = min(self.trials, key=lambda trial: trial.removed, default=None)
-            least = "" if tried is None else f" with {tried.removed:.1%} of the {self.cutter.kind} gone,"
-            worth = "not fit for use" if tried is None or tried.value is None else f"worth {tried.value:.4g}"
+            least = min(self.trials, key=lambda trial: trial.removed)
+            worth_now = f"worth {least.value:.4g}" if least.value is not None else f"not fit for use ({self._reason})"
             raise ValueError(
-                f"`tolerance={self.tolerance}`: no cut is tolerated;{least} the network is {worth}, and the original "
-                f"{self.reference:.4g}. Choose a larger tolerance, or give more images to decide by (`images`)."
+                f"`tolerance={self.tolerance}`: no cut is tolerated; with {least.removed:.1%} of the "
+                f"{self.cutter.kind} gone, the network is {worth_now}, and the original worth {self.reference:.4g}. "
+                "Choose a larger tolerance, or give more images to decide by (`images`)."
             )
         return best
 
-    def _tried(self, target: float) -> Candidate | None:
-        """The cut to a share; None if it is not tolerated."""
+    def _tried(self, plan: PruningPlan) -> Candidate | None:
+        """The cut of a plan; None if it is not tolerated."""
         cutter = self.cutter
-        plan = cutter.plan(target)
-        removed, value = 1.0 - cutter.cost.deployed(plan.ranks, cutter.kind) / cutter.full, None
+        if plan.ranks in self._refused:  # a ranking may leap over several targets
+            return None
+        removed, value, found = 1.0 - cutter.cost.deployed(plan.ranks, cutter.kind) / cutter.full, None, None
         try:
             found = cutter.cut(plan)
-            value = worth(self.evaluate, fold(found.network))
         except ValueError as error:
-            cutter.say(f"not fit for use: {error}")
-        tolerated = value is not None and value >= self.reference - self.tolerance - 1e-12
-        self.trials.append(Trial(removed, value, tolerated))
-        if value is not None:
-            verdict = "tolerated" if tolerated else "too much"
-            cutter.say(f"{removed:.1%} of the {cutter.kind} gone: {value:.4g} of {self.reference:.4g}, {verdict}")
-        return found if tolerated else None
+            self._reason = str(error).rstrip(".")
+        else:
+            value = worth(self.evaluate, found.network)
+            if not math.isfinite(value):
+                value, self._reason = None, f"`evaluate` gave {value}"
+        slack = 1e-6 * max(1.0, abs(self.reference))  # of an accuracy in float32, say
+        tolerated = value is not None and value >= self.reference - self.tolerance - slack
+        trial = CompressionTrial(removed, value, tolerated)
+        self.trials.append(trial)
+        outcome = f"not fit for use: {self._reason}" if value is None else f"{value:.4g} of {self.reference:.4g}"
+        cutter.say(f"{removed:.1%} of the {cutter.kind} gone: {outcome}, {'tolerated' if tolerated else 'too much'}")
+        if not tolerated:
+            self._refused.append(dict(plan.ranks))
+            return None
+        self.chosen = trial
+        return found
 
 
 def worth(evaluate: Evaluate, network: nn.Module) -> float:
-    """What a network is worth, in eval mode and without gradients.
+    """What a network is worth when it is folded, in eval mode and without gradients.
 
     Raises:
-        ValueError: If that is no finite number.
+        TypeError: If that is no number.
     """
-    with evaluating(network):
-        value = float(evaluate(network))
-    if not math.isfinite(value):
-        raise ValueError(f"`evaluate` gave {value}: it must give a finite number, higher for a better network.")
-    return value
+    folded = fold(network)
+    with evaluating(folded):
+        value: Any = evaluate(folded)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`evaluate` must give a number, higher for a better network, got {type(value).__name__}."
+        ) from error

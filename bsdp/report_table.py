@@ -187,7 +187,9 @@ def _validation(summary: Mapping[str, Any]) -> list[str]:
         summary[f"{summary['target_kind']}_kept"],
         {"params": "parameters", "macs": "MACs", "latency": "latency", "bases": "bases", "channels": "channels"},
     )
-    goal = f"target: {100 * summary['target']:.3g} % of the {words[summary['target_kind']]} gone"
+    goal = "target: none but the tolerance"
+    if summary["target"] is not None:
+        goal = f"target: {100 * summary['target']:.3g} % of the {words[summary['target_kind']]} gone"
     lines = [f"{goal}." if kept is None else f"{goal}; reached: {100 * (1 - kept):.1f} %."]
     if original is not None and pruned is not None:
         share = _is_share(name, summary["mode"], original, pruned)

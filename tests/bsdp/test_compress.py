@@ -277,6 +277,8 @@ def test_a_plan_that_misses_the_target_warns() -> None:
     )
     with pytest.warns(UserWarning, match=r"`ranking='per_cost'` leaves 30\.\d\d% of .* `target=0.704`.*'hull'"):
         result = bsdp.compress(model, images(30), target=0.704, ranking="per_cost")
+    with pytest.warns(UserWarning, match=r"more than `target=0\.704` allows"):
+        bsdp.compress(model, images(30), target=0.704, ranking="per_cost", tolerance=1.0, evaluate=lambda _: 1.0)
     assert result.stats.params_kept > 0.3
     assert bsdp.compress(model, images(30), target=0.704).stats.params_kept <= 0.296
 
