@@ -50,6 +50,20 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def assert_told(text: str, stats: bsdp.ModelStats, path: Path, title: str) -> None:
+    """What an export with ``--check --dynamic-batch`` tells of a network and its file."""
+    for words in (
+        title,
+        "21 batch norms folded (largest difference of the outputs: ",
+        "checked at batch size 1: largest difference from PyTorch ",
+        "checked at batch size 3: largest difference from PyTorch ",
+        f"{path}: {path.stat().st_size:,} bytes",
+        f"parameters: {stats.params:,} of {stats.params_original:,} ({stats.params_kept:.1%} kept)",
+        f"MACs: {stats.macs:,} of {stats.macs_original:,} ({stats.macs_kept:.1%} kept)",
+    ):
+        assert words in text
+
+
 @pytest.mark.slow
 def test_export_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnxruntime
@@ -61,16 +75,7 @@ def test_export_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert files(run) - before == {"model.onnx"}
     artifact = load_artifact(run)
     stats = bsdp.describe(artifact.decomposed, artifact.example())
-    for words in (
-        f"{run / 'pruned.ckpt'}: bsdp:resnet20, 4 classes, images 3x8x8",
-        "21 batch norms folded (largest difference of the outputs: ",
-        "checked at batch size 1: largest difference from PyTorch ",
-        "checked at batch size 3: largest difference from PyTorch ",
-        f"{path}: {path.stat().st_size:,} bytes",
-        f"parameters: {stats.params:,} of {stats.params_original:,} ({stats.params_kept:.1%} kept)",
-        f"MACs: {stats.macs:,} of {stats.macs_original:,} ({stats.macs_kept:.1%} kept)",
-    ):
-        assert words in text
+    assert_told(text, stats, path, f"{run / 'pruned.ckpt'}: bsdp:resnet20, 4 classes, images 3x8x8")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = torch.randn(5, 3, 8, 8)
     (found,) = session.run(None, {"images": images.numpy()})
@@ -90,16 +95,7 @@ def test_export_programs_of_every_source(run: Path, capsys: pytest.CaptureFixtur
     text = done(capsys, "export", "--ckpt", run / source, "--format", "pt2", *options)
     path = (run / source).with_name("model.pt2")
     stats = bsdp.describe(load_artifact(run / source).decomposed, torch.zeros(1, 3, 12, 12))
-    for words in (
-        f"{run / source}: bsdp:resnet20, 4 classes, images 3x12x12",
-        "21 batch norms folded (largest difference of the outputs: ",
-        "checked at batch size 1: largest difference from PyTorch ",
-        "checked at batch size 3: largest difference from PyTorch ",
-        f"{path}: {path.stat().st_size:,} bytes",
-        f"parameters: {stats.params:,} of {stats.params_original:,} ({stats.params_kept:.1%} kept)",
-        f"MACs: {stats.macs:,} of {stats.macs_original:,} ({stats.macs_kept:.1%} kept)",
-    ):
-        assert words in text
+    assert_told(text, stats, path, f"{run / source}: bsdp:resnet20, 4 classes, images 3x12x12")
     extra = {"bsdp.json": ""}
     program = torch.export.load(path, extra_files=extra)
     images = torch.randn(5, 3, 12, 12)
