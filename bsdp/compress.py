@@ -177,8 +177,9 @@ def compress(
 
     Raises:
         ValueError: If an argument is not allowed, the data are empty, NaN, of another kind than the network takes, or
-            lack labels that are needed, no layer can be decomposed, the target is out of reach, the latency table is of
-            another network, or the outputs of the network, or of all networks to choose from, hold NaN or infinity.
+            lack labels that are needed, no layer can be decomposed, the target is out of reach, no cut is tolerated,
+            the latency table is of another network, or the outputs of the network, or of all networks to choose from,
+            hold NaN or infinity.
         TypeError: If `data`, `evaluate` or what it gives, or `latency_table` is of another type.
         FileNotFoundError: If there is no such file of a latency table.
 
@@ -243,7 +244,7 @@ def compress(
     if settings is not None:
         _check_budget(work, cost, full, settings)
     else:
-        _refuse_nothing_to_cut(work, cost, full, target_kind, min_rank)
+        _refuse_nothing_to_cut(work, cost, target_kind, min_rank)
     reference = None if evaluate is None else worth(evaluate, model)
     if reference is not None and not math.isfinite(reference):
         raise ValueError(f"`evaluate` gave {reference} for the original: it must give a finite number.")
@@ -350,7 +351,7 @@ def _check_budget(work: nn.Module, cost: ModelCost, full: float, settings: Pruni
         )
 
 
-def _refuse_nothing_to_cut(work: nn.Module, cost: ModelCost, full: float, kind: str, min_rank: int) -> None:
+def _refuse_nothing_to_cut(work: nn.Module, cost: ModelCost, kind: str, min_rank: int) -> None:
     """Refuse a network that is as small as it gets, where no target says how small it is to be."""
     now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
     if cost.smallest(kind, min_rank=min_rank) < now:

@@ -62,8 +62,8 @@ def compress(
     """Compress a trained network without training: some hundred images, no labels, seconds to a minute.
 
     Writes ``pruned.safetensors`` (for `bsdp.load` and ``bsdp export --ckpt``) and ``summary.json``. The network comes
-    from `backbone` with its own head, or from `ckpt`. Labels of the data serve for measuring,
-    for ``taylor`` and for a tolerance.
+    from `backbone` with its own head, or from `ckpt`. Labels of the data serve for
+    measuring, for ``taylor`` and for a tolerance.
 
     Args:
         data: Where training images come from: the name of a packaged configuration of data (``cifar10``), a YAML file
