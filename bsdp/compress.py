@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bsdp._checks import check_at_least, check_choice, check_whole
 from bsdp.calibration_data import collect_examples
 from bsdp.compression_choice import Progress, outputs_of
-from bsdp.compression_cutting import CompressionTrial, Cutter, Evaluate, ToleranceSearch, worth
+from bsdp.compression_cutting import CompressionTrial, Cutter, Evaluate, ToleranceSearch, cost_now, worth
 from bsdp.compression_steps import ALLOCATIONS, basis_scores, warn_of_few_positions
 from bsdp.cost import ModelCost
 from bsdp.decompose import decompose
@@ -333,7 +333,7 @@ def _refuse_undecomposed(work: nn.Module, skipped: dict[str, str]) -> None:
 def _check_budget(work: nn.Module, cost: ModelCost, full: float, settings: PruningSettings) -> None:
     """Refuse a target that is met, or out of reach."""
     kind, target = settings.target_kind, settings.target
-    now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
+    now = cost_now(work, cost, kind)
     least = cost.original(kind) * (1.0 - largest_removable_share(cost, settings))
     budget = (1.0 - target) * full
     if now <= budget:
@@ -353,8 +353,7 @@ def _check_budget(work: nn.Module, cost: ModelCost, full: float, settings: Pruni
 
 def _refuse_nothing_to_cut(work: nn.Module, cost: ModelCost, kind: str, min_rank: int) -> None:
     """Refuse a network that is as small as it gets, where no target says how small it is to be."""
-    now = cost.deployed({name: pair.rank for name, pair in named_pairs(work).items()}, kind)
-    if cost.smallest(kind, min_rank=min_rank) < now:
+    if cost.smallest(kind, min_rank=min_rank) < cost_now(work, cost, kind):
         return
     way = "no decomposed layer is faster as a pair by the latency table" if cost.knows("latency") else "none can be cut"
     raise ValueError(

@@ -259,7 +259,9 @@ def _measure(
 ) -> dict[str, tuple[float, float]]:
     """Accuracies before and after, by split."""
     measured = {}
-    if validation is not None:
+    if result.reference is not None and result.value is not None:  # the search has measured
+        measured["val"] = (result.reference, result.value)
+    elif validation is not None:
         measured["val"] = (_accuracy(original, validation), _accuracy(result.model, validation))
     if test:
         module.setup("test")

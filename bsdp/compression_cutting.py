@@ -94,8 +94,7 @@ class Cutter:
     @property
     def gone(self) -> float:
         """Share of the original that is gone already."""
-        now = self.cost.deployed({name: pair.rank for name, pair in named_pairs(self.work).items()}, self.kind)
-        return 1.0 - now / self.full
+        return 1.0 - cost_now(self.work, self.cost, self.kind) / self.full
 
     @property
     def most(self) -> float:
@@ -229,6 +228,11 @@ class ToleranceSearch:
             return None
         self.chosen = trial
         return found
+
+
+def cost_now(model: nn.Module, cost: ModelCost, kind: str) -> int:
+    """What a decomposed model costs with the ranks that it has."""
+    return cost.deployed({name: pair.rank for name, pair in named_pairs(model).items()}, kind)
 
 
 def worth(evaluate: Evaluate, network: nn.Module) -> float:
