@@ -257,7 +257,7 @@ def compress(
     warn_of_few_positions(named_pairs(work), survey)
     how: dict[str, Any] = {"kind": target_kind, "ranking": ranking, "min_rank": min_rank, "metric": metric}
     how |= {"compensate": compensate, "recalibrate": recalibrate, "passes": passes, "batch_size": batch_size}
-    how |= {"wanted": wanted, "found": found, "device": device, "say": say}
+    how |= {"batches": batches, "wanted": wanted, "found": found, "device": device, "say": say}
     cutter = Cutter(model, work, cost, survey, scores, full, **how)
     search = None
     if evaluate is None or tolerance is None or reference is None:

@@ -60,6 +60,7 @@ class Cutter:
         compensate: As in `compress`.
         recalibrate: As in `compress`.
         passes: As in `compress`.
+        batches: Gives the examples that decide.
         wanted: The outputs of the original on held-out examples.
         found: The examples.
         batch_size: Examples in a forward pass.
@@ -80,16 +81,12 @@ class Cutter:
     compensate: bool | str
     recalibrate: bool | str
     passes: int
+    batches: Batches
     wanted: Tensor
     found: CalibrationData
     batch_size: int
     device: torch.device
     say: Progress
-
-    @property
-    def batches(self) -> Batches:
-        """Gives the examples that decide."""
-        return lambda: self.found.seen.batches(self.batch_size, self.device)
 
     @property
     def gone(self) -> float:
@@ -156,7 +153,8 @@ class ToleranceSearch:
         tolerance: Largest fall.
         reference: What the original is worth.
         trials: What was tried, in this order.
-        chosen: The trial of the network that `run` gave.
+        chosen: The trial of `best`.
+        best: The smallest network that is tolerated so far.
     """
 
     cutter: Cutter
@@ -165,7 +163,8 @@ class ToleranceSearch:
     reference: float
     trials: list[CompressionTrial] = field(default_factory=list)
     chosen: CompressionTrial | None = None
-    _refused: list[dict[str, int]] = field(default_factory=list)  # ranks of plans that were not tolerated
+    best: Candidate | None = None
+    _known: list[tuple[dict[str, int], bool]] = field(default_factory=list)  # ranks, and whether they are tolerated
     _reason: str = ""
 
     def run(self, target: float | None) -> Candidate:
@@ -177,23 +176,20 @@ class ToleranceSearch:
         Raises:
             ValueError: If no cut is tolerated.
         """
-        low, high, best = self.cutter.gone, self.cutter.most if target is None else target, None
+        low, high = self.cutter.gone, self.cutter.most if target is None else target
         if target is not None or high - low <= _RESOLUTION:
             plan = self.cutter.plan(high)
-            best = self._tried(plan)
-            if best is not None:
+            if self._tolerates(plan):
+                low = high
                 if target is not None:
                     self.cutter.warn_of_miss(plan, target)
-                return best
         while high - low > _RESOLUTION:
             middle = (low + high) / 2.0
-            found = self._tried(self.cutter.plan(middle))
-            if found is None:
+            if not self._tolerates(self.cutter.plan(middle)):
                 high = middle
             else:
-                assert self.chosen is not None
-                low, best = max(middle, self.chosen.removed), found
-        if best is None:
+                low = middle if self.chosen is None else max(middle, self.chosen.removed)
+        if self.best is None:
             least = min(self.trials, key=lambda trial: trial.removed)
             worth_now = f"worth {least.value:.4g}" if least.value is not None else f"not fit for use ({self._reason})"
             raise ValueError(
@@ -201,14 +197,14 @@ class ToleranceSearch:
                 f"{self.cutter.kind} gone, the network is {worth_now}, and the original worth {self.reference:.4g}. "
                 "Choose a larger tolerance, or give more images to decide by (`images`)."
             )
-        return best
+        return self.best
 
-    def _tried(self, plan: PruningPlan) -> Candidate | None:
-        """The cut of a plan; None if it is not tolerated."""
-        cutter = self.cutter
-        if plan.ranks in self._refused:  # a ranking may leap over several targets
-            return None
-        removed, value, found = 1.0 - cutter.cost.deployed(plan.ranks, cutter.kind) / cutter.full, None, None
+    def _tolerates(self, plan: PruningPlan) -> bool:
+        """Whether the cut of a plan is tolerated; it is made once, for a ranking may leap over several targets."""
+        for ranks, verdict in self._known:
+            if ranks == plan.ranks:
+                return verdict
+        cutter, value, found = self.cutter, None, None
         try:
             found = cutter.cut(plan)
         except ValueError as error:
@@ -219,15 +215,15 @@ class ToleranceSearch:
                 value, self._reason = None, f"`evaluate` gave {value}"
         slack = 1e-6 * max(1.0, abs(self.reference))  # of an accuracy in float32, say
         tolerated = value is not None and value >= self.reference - self.tolerance - slack
+        removed = 1.0 - cutter.cost.deployed(plan.ranks, cutter.kind) / cutter.full
         trial = CompressionTrial(removed, value, tolerated)
         self.trials.append(trial)
+        self._known.append((plan.ranks, tolerated))
+        if tolerated and (self.chosen is None or removed > self.chosen.removed):
+            self.chosen, self.best = trial, found
         outcome = f"not fit for use: {self._reason}" if value is None else f"{value:.4g} of {self.reference:.4g}"
         cutter.say(f"{removed:.1%} of the {cutter.kind} gone: {outcome}, {'tolerated' if tolerated else 'too much'}")
-        if not tolerated:
-            self._refused.append(dict(plan.ranks))
-            return None
-        self.chosen = trial
-        return found
+        return tolerated
 
 
 def cost_now(model: nn.Module, cost: ModelCost, kind: str) -> int:
