@@ -185,10 +185,10 @@ class ToleranceSearch:
                     self.cutter.warn_of_miss(plan, target)
         while high - low > _RESOLUTION:
             middle = (low + high) / 2.0
-            if not self._tolerates(self.cutter.plan(middle)):
-                high = middle
+            if self._tolerates(self.cutter.plan(middle)):
+                low = middle
             else:
-                low = middle if self.chosen is None else max(middle, self.chosen.removed)
+                high = middle
         if self.best is None:
             least = min(self.trials, key=lambda trial: trial.removed)
             worth_now = f"worth {least.value:.4g}" if least.value is not None else f"not fit for use ({self._reason})"
