@@ -206,6 +206,8 @@ def compress(
         latency_table = LatencyTable.load(latency_table)
     if not isinstance(latency_table, LatencyTable | None):
         raise TypeError(f"`latency_table` must be a LatencyTable or a file, got {type(latency_table).__name__}.")
+    if latency_table is not None:
+        latency_table.check_batch_size(latency_batch_size)
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"`evaluate` must be a function of a network, got {type(evaluate).__name__}.")
     if target is None and tolerance is None:

@@ -112,7 +112,7 @@ def compress(
     if tolerance is not None and not val_images:
         raise ValueError("`tolerance` is a fall of the accuracy on validation images: give some (`--val-images`).")
     if latency_table is not None:
-        LatencyTable.load(latency_table)  # before data and weights are prepared
+        LatencyTable.load(latency_table).check_batch_size(latency_batch_size)  # before data and weights are prepared
     source = _source(backbone, weights, ckpt)
     module = _data_module(data, source, image_size=image_size, data_dir=data_dir)
     module.prepare_data()

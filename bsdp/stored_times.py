@@ -64,6 +64,14 @@ class StoredTimes(ABC):
             f"of this network. Measure it at this size ({self.how()})."
         )
 
+    def check_batch_size(self, asked: int) -> None:
+        """Refuse `latency_batch_size`, the size to measure at, beside a table that was measured at another one."""
+        if asked not in (1, self.batch_size):  # 1 is the default of whoever asks
+            raise ValueError(
+                f"`latency_batch_size={asked}` is for a table that is measured now, and `latency_table` was measured "
+                f"with a batch size of {self.batch_size}: leave one of them out, or measure it anew ({self.how()})."
+            )
+
     @classmethod
     def how(cls) -> str:
         """How to measure such a table, in words."""

@@ -35,10 +35,10 @@ class TableOfRun(Generic[Table]):
         self.table: Table | None = None
 
     def check(self, loaded: Mapping[str, Any] | None) -> None:
-        """Forget an earlier fit; refuse a file that cannot be read, unless the run has a table in its checkpoint."""
+        """Forget an earlier fit; refuse a file that does not serve, unless the run has a table in its checkpoint."""
         self.table = None
         if self.path is not None and not self.is_saved(loaded):
-            self.kind.load(self.path)
+            self.kind.load(self.path).check_batch_size(self.batch_size)
 
     def is_known(self, loaded: Mapping[str, Any] | None) -> bool:
         """Whether there is a table without measuring one."""

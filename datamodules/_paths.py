@@ -39,7 +39,7 @@ def not_found(name: str, *, looked_for: Sequence[Path], data_dir: str | None, do
     places = ", ".join(f"'{path.absolute()}'" for path in looked_for)
     given = f"'{data_dir}'" if data_dir else "not given"
     variable = f"'{os.environ[_VARIABLE]}'" if os.environ.get(_VARIABLE) else "not set"
-    way_out = "Give the folder that holds it with `--data.data_dir FOLDER`"
+    way_out = "Give the folder that holds it with `--data.data_dir FOLDER` (`--data-dir` of `bsdp compress`)"
     if download:
         way_out += ", or let it be downloaded with `--data.download true`"
     return FileNotFoundError(

@@ -116,6 +116,7 @@ def test_of_a_network_that_was_pruned_before_the_time_with_its_channels_counts()
         ({"latency_table": table(speed=0.01)}, "by the latency table no decomposed layer is"),
         ({"latency_table": table(), "exclude": ["4"]}, "the latency table is of another network"),
         ({"latency_batch_size": 0}, "`latency_batch_size`"),
+        ({"latency_batch_size": 4, "latency_table": table()}, "measured with a batch size of 2: leave one of them out"),
     ],
 )
 def test_refusals(options: dict[str, Any], match: str) -> None:

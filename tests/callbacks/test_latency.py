@@ -137,6 +137,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
 
     refused("`latency_table`: no such file", None)
     refused("`target=0.99` is out of reach: .* of the latency would be gone", hand_made(), target=0.99)
+    refused("`latency_batch_size=4` .* measured with a batch size of 2", hand_made(), latency_batch_size=4)
     network = small_network()
     bsdp.decompose(network, include=["0.2"])
     refused("only the network has '0.0'", replace(table_of(network), input_shapes=()))

@@ -24,7 +24,8 @@ def test_error_names_every_place_and_the_way_out(monkeypatch: pytest.MonkeyPatch
     assert text == (
         "A set was not found. Looked for '/a/x', '/a/y'. The first of these that is set decides where: the argument "
         "`data_dir` (not given), the environment variable BSDP_DATA (not set), the default './data'. Give the folder "
-        "that holds it with `--data.data_dir FOLDER`, or let it be downloaded with `--data.download true`."
+        "that holds it with `--data.data_dir FOLDER` (`--data-dir` of `bsdp compress`), or let it be downloaded "
+        "with `--data.download true`."
     )
 
 
