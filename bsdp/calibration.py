@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from bsdp._checks import check_choice
 from bsdp.factorize import METRICS, refactorize, to_float64
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, to_matrix, weight_of
+from bsdp.layers import BasisPair
 from bsdp.moments import LayerMoment, LayerMoments, as_columns
+from bsdp.plain_layers import SUPPORTED_TYPES, matrix_of, to_matrix, weight_of
 from bsdp.probing import as_inputs, probe
 from bsdp.shrinkage import is_few, metric_moments, warn_of_few
 

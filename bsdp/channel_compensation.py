@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from bsdp.channel_group import ChannelGroup
 from bsdp.compensation import RIDGE, Reader, Selection, compensate, reconstruction_loss, select_inputs
 from bsdp.input_moments import InputMoments, Moments
-from bsdp.layers import BasisPair, is_transposed, layer_groups, spatial_dims, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import is_transposed, layer_groups, spatial_dims, weight_of
 from bsdp.probing import as_inputs, probe
 
 MAX_COLUMNS = 8192  # inputs of a layer whose moments are taken: half a gigabyte

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bsdp._checks import check_choice
 from bsdp.channel_group import ChannelGroup
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, is_transposed, layer_groups, matrix_of, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import is_transposed, layer_groups, matrix_of, weight_of
 
 NORMALIZATIONS = ("auto", "none", "l2", "mean")
 _AUTO = {"taylor_2016": "l2", "l1": "mean", "l2": "mean", "fpgm": "mean"}

@@ -13,7 +13,7 @@ from bsdp._checks import check_patterns, matches
 from bsdp.channel_check import groups_at_fault, removal_fault
 from bsdp.channel_group import ChannelGroup, ChannelMember, ModuleChange, UntraceableError
 from bsdp.dependency_graph import cut_copy, plain_copy, quietly, trace
-from bsdp.layers import SUPPORTED_TYPES, is_depthwise, layer_groups
+from bsdp.plain_layers import SUPPORTED_TYPES, is_depthwise, layer_groups
 from bsdp.probing import as_inputs
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

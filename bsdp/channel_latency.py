@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from bsdp.layers import SUPPORTED_TYPES, layer_groups, layer_inputs, layer_outputs
+from bsdp.plain_layers import SUPPORTED_TYPES, layer_groups, layer_inputs, layer_outputs
 from bsdp.reading import shown
 from bsdp.stored_times import StoredTimes, listed
 from bsdp.widths import original_widths

@@ -23,7 +23,7 @@ from bsdp.channel_surgery import remove_channels
 from bsdp.compiling import uncompiled
 from bsdp.folding import refuse_pairs
 from bsdp.latency_measuring import facts_of, give_values, on_gpu, repeated, rising, spread
-from bsdp.layers import (
+from bsdp.plain_layers import (
     GEOMETRY,
     is_depthwise,
     layer_groups,

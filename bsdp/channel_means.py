@@ -18,7 +18,8 @@ from bsdp.channel_group import ChannelGroup
 from bsdp.channel_watching import by_example
 from bsdp.compiling import uncompiled
 from bsdp.input_watching import watch_inputs
-from bsdp.layers import BasisPair, is_transposed, layer_groups, to_matrix, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import is_transposed, layer_groups, to_matrix, weight_of
 
 
 class InputMeans:

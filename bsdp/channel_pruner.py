@@ -23,8 +23,9 @@ from bsdp.channel_selection import NO_WIDTHS, ChannelCost, ChannelPlan, least_un
 from bsdp.channel_settings import SCALED, ChannelPruningSettings
 from bsdp.channel_surgery import remove_channels
 from bsdp.cost import ModelCost
-from bsdp.layers import layer_groups, named_pairs
+from bsdp.layers import named_pairs
 from bsdp.optimizers import Turns, held_by, held_parts
+from bsdp.plain_layers import layer_groups
 from bsdp.probing import as_inputs
 from bsdp.record import RoundRecord
 from bsdp.round_settings import out_of_rounds

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from bsdp.channel_group import ChannelGroup
 from bsdp.importance import NoScoresError
-from bsdp.layers import BasisPair, layer_inputs, set_data
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import layer_inputs, set_data
 from bsdp.pruning import cut_optimizer_state
 from bsdp.scale_hooks import ChannelScales, scales_of
 

@@ -19,7 +19,8 @@ from bsdp.channel_criteria import kept_by_cumsum
 from bsdp.channel_group import ChannelGroup
 from bsdp.channel_latency import ChannelLatencyTable
 from bsdp.cost import LayerCost, Positions, layer_cost
-from bsdp.layers import BasisPair, layer_inputs, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import layer_inputs, weight_of
 
 CHANNEL_KINDS = ("params", "macs", "channels")
 TIMED_CHANNEL_KINDS = (*CHANNEL_KINDS, "latency")

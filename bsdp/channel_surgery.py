@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from bsdp.channel_group import ModuleChange
 from bsdp.factorize import factorize, to_float64
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, column_matrix, from_matrix, set_data, to_matrix, weight_of
+from bsdp.layers import BasisPair, column_matrix
+from bsdp.plain_layers import SUPPORTED_TYPES, from_matrix, set_data, to_matrix, weight_of
 from bsdp.pruning import cut_optimizer_state
 from bsdp.widths import mark_widths
 

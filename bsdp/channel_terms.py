@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bsdp.channel_criteria import reader_terms, taylor_2016, taylor_2019
 from bsdp.channel_watching import Readers, by_example, trains
 from bsdp.input_watching import watch_gradients
-from bsdp.layers import weight_of
+from bsdp.plain_layers import weight_of
 
 
 class StepTerms:

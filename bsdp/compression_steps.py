@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bsdp.factorize import factorize
 from bsdp.feature_statistics import FeatureStatistics
 from bsdp.joint_moments import JointMoments, Survey, collect_joint_moments, survey_outputs
-from bsdp.layers import BasisPair, column_matrix, matrix_of, named_pairs
+from bsdp.layers import BasisPair, column_matrix, named_pairs
 from bsdp.least_squares import LowRank, reduced_rank_layer, refitted_layer
 from bsdp.output_scores import example_scores
+from bsdp.plain_layers import matrix_of
 from bsdp.probing import as_inputs, evaluating
 from bsdp.pruning import prune
 from bsdp.selection import PruningPlan

@@ -19,7 +19,8 @@ from torch import nn
 
 from bsdp._checks import check_choice
 from bsdp.latency import LatencyTable, LayerLatency
-from bsdp.layers import BasisPair, is_transposed, layer_groups, layer_outputs, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import is_transposed, layer_groups, layer_outputs, weight_of
 
 COST_KINDS = ("params", "macs", "bases")
 BASIS_KINDS = (*COST_KINDS, "latency")

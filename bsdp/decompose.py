@@ -17,8 +17,9 @@ from bsdp.calibration import check_metric
 from bsdp.cost import layer_cost
 from bsdp.equivalents import idle_parameter, is_plain, plain_equivalent
 from bsdp.factorize import METRICS, factorize, to_float64
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, matrix_of, plain_type, watching, weight_of
+from bsdp.layers import BasisPair, watching
 from bsdp.moments import LayerMoment
+from bsdp.plain_layers import SUPPORTED_TYPES, matrix_of, plain_type, weight_of
 from bsdp.probing import as_inputs, probe
 from bsdp.shrinkage import is_few, metric_moments, warn_of_few
 from bsdp.surgery import has_forward_pre_hooks, module_names, move_hooks, replace_modules

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bsdp.channel_group import ChannelGroup
 from bsdp.compiling import uncompiled
 from bsdp.folding import empty_folded
-from bsdp.layers import SUPPORTED_TYPES, named_pairs
+from bsdp.layers import named_pairs
+from bsdp.plain_layers import SUPPORTED_TYPES
 from bsdp.scale_hooks import drop_scales
 
 _STEPS_PER_LINK = 20  # DenseNet-121 takes fewer steps than it has links

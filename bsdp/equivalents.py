@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bsdp.layers import SUPPORTED_TYPES, is_transposed, layer_outputs, new_layer, plain_type, spatial_dims, weight_of
+from bsdp.plain_layers import (
+    SUPPORTED_TYPES,
+    is_transposed,
+    layer_outputs,
+    new_layer,
+    plain_type,
+    spatial_dims,
+    weight_of,
+)
 from bsdp.probing import evaluating
 
 _CHUNK = 64  # output channels whose filters are read off at once

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bsdp.cost import layer_cost
 from bsdp.fitting import check_names_and_shapes, check_values, expected_state, meta_layer
 from bsdp.folding import empty_folded, fold, fold_pair, unfold_into
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs, plain_type
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import SUPPORTED_TYPES, plain_type
 from bsdp.reading import open_safetensors, parse_json, shown, tensors_of
 from bsdp.scale_hooks import scales_as_values
 from bsdp.structure import reshaped

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import parameter
 
 from bsdp.cost import layer_cost
-from bsdp.layers import new_layer
+from bsdp.plain_layers import new_layer
 from bsdp.reading import shown
 from bsdp.surgery import module_names
 

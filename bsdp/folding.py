@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from bsdp.cost import layer_cost
 from bsdp.diff_pruning import detach_deltas
 from bsdp.factorize import to_float64
-from bsdp.layers import (
-    GEOMETRY,
-    BasisPair,
-    from_matrix,
-    matrix_of,
-    named_pairs,
-    new_layer,
-    new_pointwise,
-    to_matrix,
-    weight_of,
-)
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import GEOMETRY, from_matrix, matrix_of, new_layer, new_pointwise, to_matrix, weight_of
 from bsdp.scale_hooks import fold_scales
 from bsdp.surgery import copy_hooks, move_hooks, replace_modules
 from bsdp.widths import forget_widths

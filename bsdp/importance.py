@@ -20,7 +20,8 @@ from bsdp.compiling import uncompiled
 from bsdp.curvature import Closure, measure_curvature
 from bsdp.example_terms import ExampleTerms
 from bsdp.feature_statistics import FeatureStatistics
-from bsdp.layers import BasisPair, matrix_of, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import matrix_of, weight_of
 
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {"mean_square": torch.square, "mean_abs": torch.abs}
 DATA_FREE = ("magnitude", "sigma_energy")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bsdp._checks import check_whole
 from bsdp.input_watching import watch_inputs
-from bsdp.layers import spatial_dims, weight_of
+from bsdp.plain_layers import spatial_dims, weight_of
 from bsdp.probing import probe
 
 _CHUNK = 1 << 24  # numbers of unfolded patches in memory at a time

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bsdp.compiling import uncompiled
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, layer_groups, spatial_dims
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import layer_groups, spatial_dims
 from bsdp.probing import as_inputs, evaluating
 
 

@@ -18,7 +18,8 @@ from bsdp.compiling import uncompiled
 from bsdp.cost import LayerCost
 from bsdp.folding import empty_folded
 from bsdp.latency import LatencyTable, LayerLatency
-from bsdp.layers import BasisPair, memory_format_of, named_pairs, weight_of
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import memory_format_of, weight_of
 from bsdp.probing import as_inputs, evaluating
 from bsdp.speed import using_threads
 from bsdp.stats import measure_cost

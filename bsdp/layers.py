@@ -1,7 +1,6 @@
 """The pair of layers that replaces one convolution or linear layer.
 
-Layout used throughout: a weight is brought to ``[groups, out_per_group, fan_in]`` (see `matrix_of`), where `fan_in`
-counts the inputs of one filter (``in_channels / groups * kernel positions``). One layer with matrix ``M`` becomes
+One layer with matrix ``M``, ``[groups, out_per_group, fan_in]`` (see `bsdp.plain_layers`), becomes
 ``M = V diag(sigma) U^T`` per group: ``U^T`` is the `basis` layer, ``V diag(sigma)`` the 1x1 `scaling` layer, and each
 column of the latter has one trainable scaling factor ``s = 1 + delta``. Transposed convolutions differ in the order of
 the weight's axes only; their `scaling` runs at the output's resolution.
@@ -18,159 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SUPPORTED_TYPES: tuple[type[nn.Module], ...] = (*CONV_TYPES, *TRANSPOSED_TYPES, nn.Linear)
+from bsdp.plain_layers import (
+    GEOMETRY,
+    from_matrix,
+    is_transposed,
+    kind_of,
+    layer_groups,
+    layer_outputs,
+    matrix_of,
+    new_layer,
+    set_data,
+    spatial_dims,
+    to_matrix,
+    weight_of,
+    width_name,
+)
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_GEOMETRY = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-GEOMETRY = (*_CONV_GEOMETRY, "output_padding", "transposed", "out_channels", "in_features", "out_features")
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a convolution or linear layer, or the product of a pair."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def layer_groups(layer: nn.Module) -> int:
-    """Number of groups of a convolution; 1 for a linear layer."""
-    return int(getattr(layer, "groups", 1))
-
-
-def layer_inputs(layer: nn.Module) -> int:
-    """Input channels or features of a layer or pair."""
-    return int(getattr(layer, "in_features" if hasattr(layer, "in_features") else "in_channels"))
-
-
-def layer_outputs(layer: nn.Module) -> int:
-    """Output channels or features of a layer or pair."""
-    return int(getattr(layer, "out_features" if hasattr(layer, "out_features") else "out_channels"))
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution through which channels pass one by one."""
-    groups = layer_groups(module)
-    return groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer or pair is a transposed convolution."""
-    return bool(getattr(layer, "transposed", False))
-
-
-def spatial_dims(layer: nn.Module) -> int:
-    """Spatial dimensions of a layer: 1 to 3 for a convolution, 0 for a linear layer."""
-    return weight_of(layer).dim() - 2
-
-
-def new_layer(
-    like: nn.Module,
-    outputs: int,
-    *,
-    bias: bool,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    **sizes: int,
-) -> nn.Module:
-    """A layer with the geometry of another one (or of a pair's original), its own number of outputs and no values.
-
-    Args:
-        like: The other layer.
-        outputs: Output channels or features.
-        bias: Whether it has a bias.
-        device: Where its parameters are.
-        dtype: Of what type they are.
-        **sizes: What else differs: ``in_channels``, ``in_features`` or ``groups``.
-    """
-    kind = _plain_type(like)
-    names = ("in_features",) if kind is nn.Linear else _CONV_GEOMETRY
-    geometry = {name: getattr(like, name) for name in names} | sizes
-    if is_transposed(like):
-        geometry["output_padding"] = like.output_padding
-    layer = _empty(kind, device, **geometry, **{_width(kind): outputs}, bias=bias, dtype=dtype)
-    weight = weight_of(like.basis if isinstance(like, BasisPair) else like)
-    weight_of(layer).data = weight_of(layer).data.contiguous(memory_format=memory_format_of(weight))
-    return layer
-
-
-def new_pointwise(
-    like: nn.Module,
-    inputs: int,
-    outputs: int,
-    *,
-    bias: bool,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """A 1x1 layer of the same kind (not transposed) and groups, without values."""
-    kind = _plain_type(like)
-    if kind is nn.Linear:
-        return _empty(kind, device, in_features=inputs, out_features=outputs, bias=bias, dtype=dtype)
-    if kind in TRANSPOSED_TYPES:
-        kind = CONV_TYPES[TRANSPOSED_TYPES.index(kind)]
-    sizes = {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "groups": layer_groups(like)}
-    return _empty(kind, device, **sizes, bias=bias, dtype=dtype)
-
-
-def _empty(kind: Callable[..., nn.Module], device: torch.device | None, **arguments: Any) -> nn.Module:
-    # Born on the meta device: an initialisation that nobody reads would cost time and move the global random state.
-    layer = kind(**arguments, device="meta")
-    for name, parameter in list(layer.named_parameters()):
-        setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=parameter.dtype)))
-    return layer
-
-
-def plain_type(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The type among `SUPPORTED_TYPES` that a type is or derives from."""
-    return next((base for base in kind.__mro__ if base in SUPPORTED_TYPES), None)
-
-
-def _plain_type(layer: nn.Module) -> type[nn.Module]:
-    kind = layer.original_type if isinstance(layer, BasisPair) else plain_type(type(layer))
-    assert kind is not None
-    return kind
-
-
-def _width(kind: type[nn.Module]) -> str:
-    return "out_features" if kind is nn.Linear else "out_channels"
-
-
-def to_matrix(weight: Tensor, groups: int, *, transposed: bool = False) -> Tensor:
-    """Bring a weight to ``[groups, out_per_group, fan_in]``.
-
-    Args:
-        weight: ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` of a transposed convolution.
-        groups: Groups of the convolution.
-        transposed: Which of the two it is.
-    """
-    if transposed:
-        outputs = weight.shape[1]
-        grouped = weight.reshape(groups, weight.shape[0] // groups, outputs, -1)
-        return grouped.transpose(1, 2).reshape(groups, outputs, -1)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-def from_matrix(matrix: Tensor, kernel: tuple[int, ...], *, transposed: bool = False) -> Tensor:
-    """The inverse of `to_matrix`.
-
-    Args:
-        matrix: ``[groups, out_per_group, fan_in]``.
-        kernel: Kernel size; empty for a linear layer.
-        transposed: As there.
-    """
-    groups, outputs, fan_in = matrix.shape
-    inputs = fan_in // math.prod(kernel)
-    if transposed:
-        grouped = matrix.reshape(groups, outputs, inputs, -1).transpose(1, 2)
-        return grouped.reshape(groups * inputs, outputs, *kernel)
-    return matrix.reshape(groups * outputs, inputs, *kernel)
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight of a plain layer as ``[groups, out_per_group, fan_in]``."""
-    return to_matrix(weight_of(layer), layer_groups(layer), transposed=is_transposed(layer))
 
 
 class BasisScalingConv(nn.Module):
@@ -255,7 +118,7 @@ class BasisPair(nn.Module):
         self.fan_in = weight.numel() // outputs
         self.full_rank = min(self.fan_in, self.out_per_group)
         self.had_bias = layer.bias is not None
-        self.original_type = _plain_type(layer)
+        self.original_type = kind_of(layer)
         for name in GEOMETRY:
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -402,7 +265,7 @@ class BasisPair(nn.Module):
         for target, value in zip(targets, (basis, weight, delta), strict=True):
             set_data(target, value)
         self.scaling.sigma = sigma.contiguous()
-        setattr(self.basis, _width(self.original_type), delta.numel())
+        setattr(self.basis, width_name(self.original_type), delta.numel())
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return from_matrix(matrix, weight_of(self.basis).shape[2:], transposed=self.transposed)
@@ -446,25 +309,3 @@ def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for pair in pairs:
             pair.watched = False
-
-
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """``channels_last`` (or that of three dimensions) where a tensor is laid out so and not otherwise, else contiguous.
-
-    Where both are true, as of 1x1 weights, it makes no difference.
-    """
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if form is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=form):
-        return torch.contiguous_format
-    return form
-
-
-def set_data(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter data of another shape, keeping its identity and its memory format."""
-    value = value.contiguous(memory_format=memory_format_of(parameter))
-    parameter.grad = None
-    # A loss that the caller still holds keeps the parameter's gradient accumulator alive, which remembers the old shape
-    # and makes the next backward fail. Torch renews it on a change of dtype only, hence this step in between.
-    other = torch.float16 if value.dtype != torch.float16 else torch.float32
-    parameter.data = value.new_empty(0, dtype=other)
-    parameter.data = value

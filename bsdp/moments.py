@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, layer_groups, layer_outputs, spatial_dims, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import layer_groups, layer_outputs, spatial_dims, weight_of
 
 _LARGEST = 2**24  # elements of an intermediate result
 

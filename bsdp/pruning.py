@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from bsdp.layers import BasisPair, memory_format_of, named_pairs, weight_of
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import memory_format_of, weight_of
 from bsdp.selection import PruningPlan
 
 

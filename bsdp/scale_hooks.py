@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.input_watching import replace_first
-from bsdp.layers import SUPPORTED_TYPES, is_transposed, layer_groups, layer_inputs, set_data, spatial_dims, weight_of
+from bsdp.plain_layers import (
+    SUPPORTED_TYPES,
+    is_transposed,
+    layer_groups,
+    layer_inputs,
+    set_data,
+    spatial_dims,
+    weight_of,
+)
 
 _MOST_UNITS = 10_000_000
 CHILD = "channel_scales"  # under this name a network holds them

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bsdp.compiling import uncompiled
 from bsdp.cost import LayerCost, ModelCost, Positions, layer_cost
 from bsdp.latency import LatencyTable
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, is_transposed, layer_outputs, named_pairs, watching
+from bsdp.layers import BasisPair, named_pairs, watching
+from bsdp.plain_layers import SUPPORTED_TYPES, is_transposed, layer_outputs
 from bsdp.probing import as_inputs, evaluating, probe
 from bsdp.scale_hooks import drop_scales, scales_of
 from bsdp.timing import time_in_turn

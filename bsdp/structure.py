@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bsdp.cost import layer_cost
 from bsdp.delta_structure import deltas_like, deltas_of
 from bsdp.fitting import check_names, check_values, expected_state, meta_layer
-from bsdp.layers import BasisPair, named_pairs, plain_type
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import plain_type
 from bsdp.reading import read_pickled, shown
 from bsdp.scale_hooks import scales_as_values, set_scales
 from bsdp.snapshots import load_values, named_values

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, matrix_of, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import matrix_of, weight_of
 
 
 def square_factor(pair: BasisPair) -> nn.Parameter | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsdp.layers import BasisPair, set_data, weight_of
+from bsdp.layers import BasisPair
+from bsdp.plain_layers import set_data, weight_of
 
 _MARK = "_original_widths"
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from bsdp.channel_check import read_in_training
 from bsdp.channel_pruner import ChannelStage
 from bsdp.compiling import plain_name, uncompiled
-from bsdp.layers import SUPPORTED_TYPES, named_pairs
+from bsdp.layers import named_pairs
+from bsdp.plain_layers import SUPPORTED_TYPES
 
 _BATCHES = 3  # of each epoch are looked at
 

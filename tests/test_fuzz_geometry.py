@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bsdp
-from bsdp.layers import SUPPORTED_TYPES, BasisPair, named_pairs, spatial_dims
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import SUPPORTED_TYPES, spatial_dims
 from tests.helpers.compare import assert_same_state, keep_ranks, randomize_scales
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}

@@ -16,7 +16,7 @@ def test_moments_are_those_of_the_outputs_without_bias(name: str) -> None:
     net, batches = make_net(name), [make_input(name), make_input(name, batch=2)]
     outputs: dict[str, list[torch.Tensor]] = {}
     for key, layer in net.named_modules():
-        if isinstance(layer, bsdp.layers.SUPPORTED_TYPES):
+        if isinstance(layer, bsdp.plain_layers.SUPPORTED_TYPES):
 
             def note(module: torch.nn.Module, _inputs: object, output: torch.Tensor, key: str = key) -> None:
                 linear = isinstance(module, torch.nn.Linear)

@@ -17,7 +17,7 @@ from bsdp import channel_latency_measuring as measuring
 from bsdp.channel_latency_measuring import width_grid
 from bsdp.channel_scales import add_scales
 from bsdp.channel_selection import ChannelCost
-from bsdp.layers import layer_inputs, layer_outputs
+from bsdp.plain_layers import layer_inputs, layer_outputs
 from bsdp.scale_hooks import scales_of
 from tests.helpers.channel_removal import TRACEABLE, cut, random_units, traceable_batch, traceable_net
 from tests.helpers.compare import assert_same_state, snapshot

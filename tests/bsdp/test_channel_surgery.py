@@ -17,7 +17,8 @@ from bsdp.calibration import collect_output_moments
 from bsdp.channel_graph import channel_groups, plan_removal
 from bsdp.channel_surgery import remove_channels
 from bsdp.factorize import to_float64
-from bsdp.layers import BasisPair, named_pairs, to_matrix
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import to_matrix
 from tests.helpers.channel_removal import cut, halved, ignoring, random_units, traceable_batch, traceable_net
 from tests.helpers.compare import (
     assert_same_state,

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import bsdp
 from bsdp.double_pruner import ORDERS, DoublePruner, DoublePruningSettings, output_change
-from bsdp.layers import weight_of
+from bsdp.plain_layers import weight_of
 from bsdp.widths import widths_of
 from tests.helpers.channel_runs import ResidualNet
 from tests.helpers.marks import slow_but

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.factorize import METRICS, factorize
-from bsdp.layers import to_matrix
+from bsdp.plain_layers import to_matrix
 from tests.helpers.cases import CASES_BY_NAME
 from tests.helpers.compare import relative_error
 from tests.helpers.reference import input_moment, output_moment

@@ -19,7 +19,8 @@ from bsdp.importance import (
     sigma_energy,
     taylor_terms,
 )
-from bsdp.layers import BasisPair, named_pairs, to_matrix
+from bsdp.layers import BasisPair, named_pairs
+from bsdp.plain_layers import to_matrix
 from tests.helpers.cases import CASES_BY_NAME
 from tests.helpers.compare import decomposed, randomize_scales, relative_error
 from tests.helpers.nets import NETS, make_input, make_net
@@ -93,7 +94,9 @@ def test_identities_b_and_c_terms_of_the_weight_gradient_and_their_sum(name: str
     pairs = named_pairs(net)
     layers = {}
     for pair_name, pair in pairs.items():
-        layers[pair_name] = bsdp.layers.new_layer(pair, pair.scaling.weight.shape[0], bias=True, dtype=torch.float64)
+        layers[pair_name] = bsdp.plain_layers.new_layer(
+            pair, pair.scaling.weight.shape[0], bias=True, dtype=torch.float64
+        )
         with torch.no_grad():
             layers[pair_name].weight.copy_(pair.weight)
             layers[pair_name].bias.copy_(pair.bias)

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import bsdp
-from bsdp.layers import (
-    BasisPair,
-    BasisScalingConv,
-    from_matrix,
-    layer_outputs,
-    matrix_of,
-    named_pairs,
-    to_matrix,
-    weight_of,
-)
+from bsdp.layers import BasisPair, BasisScalingConv, named_pairs
+from bsdp.plain_layers import from_matrix, layer_outputs, matrix_of, to_matrix, weight_of
 from tests.helpers.cases import CASES_BY_NAME, LAYER_CASES, LayerCase
 from tests.helpers.compare import assert_same_state, relative_error, snapshot
 from tests.helpers.nets import make_input, make_net

@@ -14,8 +14,8 @@ import bsdp
 import bsdp.moments
 from bsdp.calibration import OutputMoments, collect_output_moments, rebase
 from bsdp.gradient_moments import collect_gradient_moments, drawn_labels
-from bsdp.layers import matrix_of
 from bsdp.moments import LayerMoment, squared_norms
+from bsdp.plain_layers import matrix_of
 from bsdp.shrinkage import best_share, metric_moments
 from tests.helpers.compare import decomposed, half_ranks, keep_ranks, relative_error, snapshot
 from tests.helpers.nets import NETS, make_input, make_net
@@ -185,7 +185,7 @@ def explicit_gradients(net: nn.Module, inputs: Tensor, labels: Tensor) -> dict[s
     """Second moments of output gradients, layer by layer, from a shift that is added to the output."""
     moments = {}
     for key, layer in net.named_modules():
-        if not isinstance(layer, bsdp.layers.SUPPORTED_TYPES):
+        if not isinstance(layer, bsdp.plain_layers.SUPPORTED_TYPES):
             continue
         shifts: list[Tensor] = []
 

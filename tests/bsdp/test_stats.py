@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations
 
 import bsdp
 from bsdp.cost import Positions
-from bsdp.layers import is_transposed, layer_outputs, named_pairs
+from bsdp.layers import named_pairs
+from bsdp.plain_layers import is_transposed, layer_outputs
 from bsdp.stats import count_macs, measure_positions
 from tests.helpers.cases import LAYER_CASES, LayerCase
 from tests.helpers.compare import (

@@ -8,7 +8,7 @@ from torch import nn
 
 import bsdp
 from bsdp.calibration import rebase
-from bsdp.layers import matrix_of
+from bsdp.plain_layers import matrix_of
 from bsdp.weight_training import condition_factors, square_factor
 
 LAYERS = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.cost import LayerCost
-from bsdp.layers import layer_groups, layer_inputs, layer_outputs, weight_of
+from bsdp.plain_layers import layer_groups, layer_inputs, layer_outputs, weight_of
 
 
 def table_of(
