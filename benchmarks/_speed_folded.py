@@ -87,7 +87,8 @@ def _one(backbone: str, size: int, batch: int, engine: str, options: argparse.Na
                 widths = _width_table(networks["original"], image, batch, channels_last=engine == "channels_last")
             cut, kept[selection] = _cut_channels(network, image, selection, widths)
         else:
-            table = table or _table(network, image, batch, channels_last=engine == "channels_last")
+            if selection == "latency":
+                table = _table(network, image, batch, channels_last=engine == "channels_last")
             cut, kept[selection] = _cut(network, image, selection, table)
         networks[selection] = bsdp.fold_batch_norm(bsdp.fold(cut), image).model
     macs = {name: bsdp.describe(module, image).macs or 0 for name, module in networks.items()}
@@ -132,7 +133,7 @@ def _width_table(network: nn.Module, image: Tensor, batch: int, *, channels_last
     return bsdp.measure_channel_latency_table(network, image, batch_size=batch, repeats=15 if batch < 8 else 5)
 
 
-def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyTable) -> tuple[nn.Module, float]:
+def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyTable | None) -> tuple[nn.Module, float]:
     """A decomposed copy with the MACs halved, and the share of the squared singular values that it keeps."""
     network = copy.deepcopy(network)
     bsdp.decompose(network, example_input=image)
@@ -142,6 +143,7 @@ def _cut(network: nn.Module, image: Tensor, selection: str, table: bsdp.LatencyT
     options |= {"max_layer_ratio": 0.99, "rank_multiple": 8 if selection == "multiples" else 1}
     plan = bsdp.select(scores, cost, **options)
     if selection == "latency":
+        assert table is not None
         budget = _time_of(cost.with_latency(table), plan.ranks)
         cost = bsdp.measure_cost(network, image, latency=table)
         plan = bsdp.select(scores, cost, **options | {"budget": budget, "kind": "latency", "ranking": "hull"})
@@ -234,7 +236,7 @@ def profile(options: argparse.Namespace) -> Iterator[Row]:
 def _profile(backbone: str, size: int, batch: int) -> Iterator[Row]:
     image, network = torch.randn(1, 3, size, size), build(backbone).eval()
     table = _table(network, image, batch, channels_last=False)
-    cut, _ = _cut(network, image, "macs", table)
+    cut, _ = _cut(network, image, "macs", None)
     cost = bsdp.measure_cost(cut, image).with_latency(table)
     total = table.original_ns
     shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
