@@ -14,6 +14,7 @@ from bsdp._checks import check_choice
 from bsdp.factorize import METRICS, refactorize, to_float64
 from bsdp.layers import BasisPair
 from bsdp.moments import LayerMoment, LayerMoments, as_columns
+from bsdp.optimizer_state import forget
 from bsdp.plain_layers import SUPPORTED_TYPES, matrix_of, to_matrix, weight_of
 from bsdp.probing import as_inputs, probe
 from bsdp.shrinkage import is_few, metric_moments, warn_of_few
@@ -114,10 +115,10 @@ def rebase(
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         few += [name] if metric != "euclidean" and is_few(moment, pair.rank) else []
-        for parameter in (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)):
+        changed = (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis))
+        forget(optimizers, changed)
+        for parameter in changed:
             parameter.grad = None
-            for optimizer in optimizers:
-                optimizer.state.pop(parameter, None)
     warn_of_few(few)
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from bsdp.channel_group import ChannelGroup
 from bsdp.importance import NoScoresError
 from bsdp.layers import BasisPair
+from bsdp.optimizer_state import cut_state
 from bsdp.plain_layers import layer_inputs, set_data
-from bsdp.pruning import cut_optimizer_state
 from bsdp.scale_hooks import ChannelScales, scales_of
 
 
@@ -74,8 +74,7 @@ def keep_scales(
     assert scales is not None
     keep, shape = keep.to(scales.weight.device), scales.weight.shape
     set_data(scales.weight, scales.weight.detach()[keep])
-    for optimizer in optimizers:
-        cut_optimizer_state(optimizer, scales.weight, shape, lambda value: value[keep.to(value.device)])
+    cut_state(optimizers, scales.weight, shape, lambda value: value[keep.to(value.device)])
     readers, units = scale_layout(network, groups)
     assert units == len(scales.weight)
     scales.bind(network, readers)

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from bsdp.channel_group import ModuleChange
 from bsdp.factorize import factorize, to_float64
 from bsdp.layers import BasisPair, column_matrix
+from bsdp.optimizer_state import cut_state, forget
 from bsdp.plain_layers import SUPPORTED_TYPES, from_matrix, set_data, to_matrix, weight_of
-from bsdp.pruning import cut_optimizer_state
 from bsdp.widths import mark_widths
 
 
@@ -74,8 +74,7 @@ def _gather(module: nn.Module, key: str, index: Tensor, optimizers: Iterable[Opt
         module._buffers[key] = kept
         return
     set_data(old, kept)
-    for optimizer in optimizers:
-        cut_optimizer_state(optimizer, old, shape, partial(_elements, index=index))
+    cut_state(optimizers, old, shape, partial(_elements, index=index))
 
 
 def _elements(value: Tensor, index: Tensor) -> Tensor:
@@ -101,11 +100,8 @@ def _cut_pair(pair: BasisPair, change: ModuleChange, optimizers: Iterable[Optimi
     pair.set_widths(_inputs(index, pair), len(bias), rank)
     pair.set_factors(factors.basis[:, :rank], factors.coefficients[:, :, :rank], factors.sigma[:, :rank])
     set_data(pair.scaling.bias, bias.contiguous())
-    for optimizer in optimizers:
-        for parameter in (pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)):
-            optimizer.state.pop(parameter, None)
-        if outputs is not None:
-            optimizer.state.pop(pair.scaling.bias, None)
+    changed = [pair.scaling.delta, pair.scaling.weight, weight_of(pair.basis)]
+    forget(optimizers, changed if outputs is None else [*changed, pair.scaling.bias])
 
 
 def _inputs(index: Tensor, pair: BasisPair) -> int:

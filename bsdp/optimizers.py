@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from bsdp.optimizer_state import forget, with_inner
 
 
 def held_by(optimizer: Optimizer) -> set[int]:
@@ -76,14 +79,20 @@ def adopt_parameters(
     for old, new in successors:
         if id(new) in held or not new.requires_grad:
             continue
-        group = next((g for o in optimizers for g in o.param_groups if any(p is old for p in g["params"])), None)
+        holder = next((o for o in optimizers if id(old) in held_by(o)), None)
         wanted[id(new)] = new
-        if group is not None:
-            group["params"].append(new)
+        if holder is not None:
+            for group in _groups([holder]):
+                if any(p is old for p in group["params"]):
+                    group["params"].append(new)
             held.add(id(new))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for orphan in [p for p in group["params"] if id(p) not in alive]:
-                optimizer.state.pop(orphan, None)
-            group["params"] = [p for p in group["params"] if id(p) in alive]
+    for group in _groups(optimizers):
+        forget(optimizers, [p for p in group["params"] if id(p) not in alive])
+        group["params"] = [p for p in group["params"] if id(p) in alive]
     return [new for new in wanted.values() if id(new) not in held]
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    """The groups of optimizers and of those that they wrap, which often share them; each once."""
+    groups = [group for optimizer in with_inner(optimizers) for group in optimizer.param_groups]
+    return list({id(group): group for group in groups}.values())

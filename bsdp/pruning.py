@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from bsdp.layers import BasisPair, named_pairs
-from bsdp.plain_layers import memory_format_of, weight_of
+from bsdp.optimizer_state import cut_state
+from bsdp.plain_layers import weight_of
 from bsdp.selection import PruningPlan
 
 
@@ -65,8 +64,8 @@ def _keep(pair: BasisPair, keep: Tensor, optimizers: list[Optimizer]) -> None:
         pair.scaling.weight: partial(pair.columns, local=local),
         weight_of(pair.basis): partial(pair.basis_rows, local=local),
     }
-    for optimizer, (parameter, cut) in itertools.product(optimizers, cuts.items()):
-        cut_optimizer_state(optimizer, parameter, shapes[parameter], cut)
+    for parameter, cut in cuts.items():
+        cut_state(optimizers, parameter, shapes[parameter], cut)
 
 
 def mean_contribution(pair: BasisPair, means: Tensor, keep: Tensor) -> Tensor:
@@ -75,47 +74,3 @@ def mean_contribution(pair: BasisPair, means: Tensor, keep: Tensor) -> Tensor:
     dropped[keep.to(dropped.device)] = 0
     columns = pair.scaling.scaled_weight.view(pair.groups, pair.out_per_group, pair.rank)
     return (columns @ dropped.view(pair.groups, pair.rank, 1)).flatten()
-
-
-def cut_optimizer_state(
-    optimizer: Optimizer, parameter: Tensor, shape: torch.Size, cut: Callable[[Tensor], Tensor]
-) -> None:
-    """Cut the per-element state that an optimizer holds for a parameter that has lost some of its elements.
-
-    State with some axes of size 1, as of factored second moments, is cut along the others. State of any other shape
-    cannot be followed: it is dropped with all that the optimizer holds for the parameter, which then starts anew.
-
-    Args:
-        optimizer: Any optimizer; nothing happens when it holds no state for the parameter.
-        parameter: The parameter, already cut.
-        shape: Its shape before.
-        cut: Takes a tensor of that shape to one of the present shape.
-    """
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if not any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
-            continue
-        if not isinstance(value, Tensor) or not _spans(value, shape):
-            del optimizer.state[parameter]
-            return
-        state[key] = _cut_spanning(value, shape, cut)
-
-
-def _spans(value: Tensor, shape: torch.Size) -> bool:
-    """Whether a tensor has a shape but for axes of size 1."""
-    return value.dim() == len(shape) and all(own in (1, whole) for own, whole in zip(value.shape, shape, strict=True))
-
-
-def _cut_spanning(value: Tensor, shape: torch.Size, cut: Callable[[Tensor], Tensor]) -> Tensor:
-    result = cut(value.expand(shape).contiguous())
-    for axis, size in enumerate(value.shape):
-        if size == 1:
-            result = result.narrow(axis, 0, 1)
-    return result.clone(memory_format=memory_format_of(value))
-
-
-def drop_stale_optimizer_state(optimizer: Optimizer) -> None:
-    """Forget the state of parameters whose shape has changed since, so that their momentum starts anew."""
-    for parameter, state in list(optimizer.state.items()):
-        if any(isinstance(v, Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values()):
-            del optimizer.state[parameter]

@@ -18,7 +18,7 @@ from bsdp.cost import ModelCost
 from bsdp.distillation import SelfDistillation
 from bsdp.importance import NoScoresError
 from bsdp.layers import named_pairs
-from bsdp.pruning import drop_stale_optimizer_state
+from bsdp.optimizer_state import drop_stale_state
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.round_settings import RoundSettings
 from bsdp.schedules import kept_share
@@ -276,8 +276,7 @@ class RoundPruner:
         if state is not None:
             set_shape(self.model, shape)
             load_values(self.model, state)
-            for optimizer in optimizers:
-                drop_stale_optimizer_state(optimizer)
+            drop_stale_state(optimizers)
         self.finish(index)
         return self.record.rounds[index]
 

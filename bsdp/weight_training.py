@@ -10,7 +10,6 @@ A pair that was cut has no square layer any more: both train, with basis filters
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from bsdp.factorize import to_float64
 from bsdp.layers import BasisPair
+from bsdp.optimizer_state import forget
 from bsdp.plain_layers import matrix_of, weight_of
 
 
@@ -51,8 +51,7 @@ def condition_factors(
         fixed = square_factor(pair)
         if rescale and _far_from_unit(_lengths(pair, fixed), exact=fixed is not None):
             _rescale(pair, _lengths(pair, fixed), by_columns=fixed is pair.scaling.weight)
-            for optimizer, parameter in itertools.product(optimizers, pair.parameters()):
-                optimizer.state.pop(parameter, None)
+            forget(optimizers, pair.parameters())
         for weight in (weight_of(pair.basis), pair.scaling.weight):
             changed = changed or weight.requires_grad != (weight is not fixed)
             weight.requires_grad_(weight is not fixed)

@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 
 from bsdp.channel_pruner import ChannelStage
 from bsdp.layers import BasisPair
+from bsdp.optimizer_state import with_inner
 
 _AVERAGES = (
     "weight averaging keeps a copy of the model made before pruning, whose shapes no longer fit afterwards. Remove it "
@@ -63,7 +64,7 @@ def is_beside(trainer: Trainer, name: str) -> bool:
 
 def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers that evaluate the loss several times per step."""
-    for optimizer in optimizers:
+    for optimizer in with_inner(optimizers):
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 "the optimizer LBFGS is not supported: it evaluates the loss several times per step and keeps a "

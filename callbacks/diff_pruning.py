@@ -25,6 +25,7 @@ from bsdp.decompose import find_head
 from bsdp.diff_pruning import SparseDelta, expected_l0, keep_entries, size_of, strongest_entries
 from bsdp.freezing import fixed_batch_norms
 from bsdp.hard_concrete import check_stretch
+from bsdp.optimizer_state import forget
 from bsdp.record import PruningRecord, RoundRecord
 from bsdp.snapshots import copy_values
 from bsdp.structure import structure_of
@@ -340,9 +341,7 @@ class DiffPruning(Callback):
         kept = trainer.strategy.broadcast(kept)
         keep_entries(self._deltas, kept)
         self._optimizer = None
-        for optimizer in trainer.optimizers:
-            for delta in self._deltas.values():
-                optimizer.state.pop(delta.value, None)
+        forget(trainer.optimizers, (delta.value for delta in self._deltas.values()))
         rewrap(trainer)
         self._add_round(trainer.current_epoch)
         rank_zero_info(

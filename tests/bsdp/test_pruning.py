@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import bsdp
 from bsdp.layers import named_pairs
-from bsdp.pruning import cut_optimizer_state, drop_stale_optimizer_state, mean_contribution
+from bsdp.optimizer_state import cut_state, drop_stale_state
+from bsdp.pruning import mean_contribution
 from bsdp.selection import PruningPlan
 from tests.helpers.compare import (
     assert_same_state,
@@ -305,7 +306,7 @@ def test_scalars_stay_and_factored_state_is_cut_along_its_axes() -> None:
         "column": torch.arange(3.0)[None],
         "note": 3,
     }
-    cut_optimizer_state(opt, parameter, torch.Size([5, 3]), lambda value: value.view(5, 3)[[1, 4]])
+    cut_state([opt], parameter, torch.Size([5, 3]), lambda value: value.view(5, 3)[[1, 4]])
     state = opt.state[parameter]
     assert state["exp_avg"].tolist() == [[3.0, 4.0, 5.0], [12.0, 13.0, 14.0]]
     assert (state["row"].tolist(), state["column"].tolist()) == ([[1.0], [4.0]], [[0.0, 1.0, 2.0]])
@@ -318,7 +319,7 @@ def test_state_of_other_shapes_is_dropped(other: object) -> None:
     opt = torch.optim.Adam([parameter, bystander])
     opt.state[parameter] = {"exp_avg": torch.arange(5.0), "factors": other}
     opt.state[bystander] = {"exp_avg": torch.zeros(2)}
-    cut_optimizer_state(opt, parameter, torch.Size([5]), lambda value: value[[1, 4]])
+    cut_state([opt], parameter, torch.Size([5]), lambda value: value[[1, 4]])
     assert list(opt.state) == [bystander]
 
 
@@ -342,7 +343,7 @@ def test_stale_state_is_dropped_and_fitting_state_kept() -> None:
     net, opt = run.net, run.opt
     fitting = opt.state[net.head.weight]
     net.conv1.keep(torch.tensor([0, 1]))
-    drop_stale_optimizer_state(opt)
+    drop_stale_state([opt])
     assert net.conv1.scaling.delta not in opt.state
     assert net.conv2.scaling.delta in opt.state
     assert opt.state[net.head.weight] is fitting

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 import bsdp
@@ -22,6 +23,28 @@ from tests.helpers.marks import slow_but
 from tests.helpers.outcomes import Watch, check, run
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
+
+class Lookahead(Optimizer):
+    """Steps with another optimizer, and goes half of the way at every second step; both remember something."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.steps = inner, 0
+        self.param_groups = inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            self.state[parameter].setdefault("slow", parameter.detach().clone())
+        loss = self.inner.step(closure)
+        self.steps += 1
+        for parameter in parameters if self.steps % 2 == 0 else []:
+            slow = self.state[parameter]["slow"]
+            parameter.copy_(slow.add_(parameter - slow, alpha=0.5))
+        return loss
+
+
 OPTIMIZERS: dict[str, Any] = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
@@ -30,6 +53,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.005),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Adam in a wrapper": lambda p: Lookahead(torch.optim.Adam(p, lr=0.01)),
 }
 
 
@@ -50,7 +74,11 @@ def test_optimizer_with_state_per_element(make: Any, tmp_path: Path) -> None:
 
 # States of every kind lose channels; those of more or fewer dimensions than the weight lose bases, too.
 CUTS = list(itertools.product(["bases", "channels", "both"], OPTIMIZERS))
-QUICK_CUTS = [(cut, name) for cut, name in CUTS if cut == "channels" or name in ("AdamW amsgrad", "Adafactor")]
+QUICK_CUTS = [
+    (cut, name)
+    for cut, name in CUTS
+    if cut == "channels" or name in ("AdamW amsgrad", "Adafactor", "Adam in a wrapper")
+]
 
 
 @pytest.mark.parametrize(("cut", "name"), slow_but(QUICK_CUTS, CUTS))
