@@ -15,6 +15,11 @@ def inside_compiled(model: nn.Module) -> str:
     return "_orig_mod" if _is_wrapper(model) else ""
 
 
+def has_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, runs by compiled graphs of its own."""
+    return any(_is_wrapper(m) or any(_is_compiled(value) for value in vars(m).values()) for m in model.modules())
+
+
 def plain_name(name: str) -> str:
     """A dotted name without what ``torch.compile`` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from bsdp.compiling import inside_compiled, uncompiled
+from bsdp.compiling import has_compiled, inside_compiled, uncompiled
 from bsdp.cost import ModelCost
 from bsdp.probing import as_inputs, evaluating, first_tensor
 from bsdp.stats import measure_cost
 
 _T = TypeVar("_T")
+
+
+class NotReplayableError(ValueError):
+    """A network was called in a way that its cost cannot be measured by; the message is half a sentence."""
 
 
 def only_network(pl_module: LightningModule) -> str:
@@ -61,8 +66,15 @@ def measure_module_cost(
         The cost, and the shapes of the network's inputs.
     """
     part: nn.Module = pl_module.get_submodule(network) if network else pl_module
-    seen: list[tuple[Any, ...]] = []
-    handle = part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    seen: list[tuple[Tensor, ...] | NotReplayableError] = []
+
+    def see(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        try:
+            seen.append(_tensors_of(module, arguments, named))
+        except NotReplayableError as error:  # the call itself may go well
+            seen.append(error)
+
+    handle = part.register_forward_pre_hook(see, with_kwargs=True)
     try:
         with evaluating(pl_module), uncompiled():
             if isinstance(example, dict):
@@ -71,10 +83,69 @@ def measure_module_cost(
                 call_network(pl_module, *(as_parameters(value, part) for value in as_inputs(example)))
     finally:
         handle.remove()
-    if not seen or not all(isinstance(value, Tensor) for value in seen[0]):
-        raise ValueError("the network was not called with tensors")
+    if not seen:
+        raise NotReplayableError(f"`forward` of {type(pl_module).__name__} did not call `{network}`")
+    if isinstance(seen[0], NotReplayableError):
+        raise seen[0]
     inputs = tuple(torch.zeros_like(value[:1]) for value in seen[0])
     return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
+
+
+def _tensors_of(network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What a network was called with as tensors in the order of its arguments, without defaults at the end.
+
+    Raises:
+        NotReplayableError: If that is not all of it.
+    """
+    try:
+        signature = inspect.signature(network.forward)
+        bound = signature.bind(*arguments, **named)
+    except (TypeError, ValueError):  # a function without a signature
+        values, rest, defaults = arguments, named, []
+    else:
+        values, rest = bound.args, bound.kwargs
+        defaults = [parameter.default for parameter in signature.parameters.values()]
+    while values and not isinstance(values[-1], Tensor) and len(values) <= len(defaults):
+        if values[-1] is not defaults[len(values) - 1]:
+            break
+        values = values[:-1]
+    if rest or not values or not all(isinstance(value, Tensor) for value in values):
+        given = [type(value).__name__ for value in arguments]
+        given += [f"{key}={type(value).__name__}" for key, value in named.items()]
+        raise NotReplayableError(
+            f"{type(network).__name__} is called with ({', '.join(given)}), and only networks that take tensors in the "
+            "order of their arguments can be measured"
+        )
+    return values
+
+
+class FirstInputs:
+    """The shapes that a network is called with next, whoever calls it.
+
+    Args:
+        network: The network; one with compiled parts is not watched, as graphs do not see hooks come and go.
+
+    Attributes:
+        shapes: For one example; None while there was no call, or one with something else than floating-point tensors.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.shapes: list[list[int]] | None = None
+        self._handle = None if has_compiled(network) else network.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.close()
+        try:
+            tensors = _tensors_of(module, arguments, named)
+        except NotReplayableError:
+            return
+        if all(tensor.is_floating_point() and tensor.dim() > 0 for tensor in tensors):
+            self.shapes = [[1, *tensor.shape[1:]] for tensor in tensors]
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._handle is not None:
+            self._handle.remove()
 
 
 def measure_on_own_example(
@@ -84,9 +155,12 @@ def measure_on_own_example(
 
     Raises:
         ValueError: If the module's ``forward`` does not take it.
+        NotReplayableError: If it does, and the network in it takes more than tensors.
     """
     try:
         return measure_module_cost(pl_module, network, pl_module.example_input_array, new_bias=new_bias)
+    except NotReplayableError:
+        raise
     except Exception as error:  # whatever the user's forward may raise
         raise ValueError(
             f"`forward` of {type(pl_module).__name__} failed on its `example_input_array` "

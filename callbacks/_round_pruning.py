@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 import bsdp
@@ -19,7 +20,15 @@ from bsdp.callbacks._batch_watch import BatchWatch
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
 from bsdp.callbacks._curvature import check_curvature, complete_scores
 from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import first_example, measure_on_batch, measure_on_own_example, only_network
+from bsdp.callbacks._measuring import (
+    FirstInputs,
+    NotReplayableError,
+    example_of,
+    first_example,
+    measure_on_batch,
+    measure_on_own_example,
+    only_network,
+)
 from bsdp.callbacks._monitoring import log_around_cut, monitored_value, shows_metrics
 from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import mean_over_processes, rewrap
@@ -76,6 +85,7 @@ class RoundPruning(Callback, ABC):
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
         self._watch: BatchWatch | None = None
+        self._first: FirstInputs | None = None
 
     @property
     def record(self) -> PruningRecord:
@@ -119,7 +129,7 @@ class RoundPruning(Callback, ABC):
         load_shape_first(trainer)
         if stage != "fit":
             return
-        self.pruner = self._watch = None  # another fit starts anew
+        self.pruner = self._watch = self._first = None  # another fit starts anew
         self._loaded = self.checkpoint_path = self.weights_path = None
         refuse_unsupported(trainer, self)
         write_whole_checkpoints(trainer)
@@ -137,7 +147,7 @@ class RoundPruning(Callback, ABC):
         part = pl_module.get_submodule(network) if network else pl_module
         shapes: list[list[int]] = []
         if pl_module.example_input_array is not None:
-            cost, shapes = measure_on_own_example(pl_module, network, new_bias=self.new_bias)
+            cost, shapes = self._measure_on_own_example(pl_module, network)
         elif self._loaded is not None and self.needs_example:
             shapes = self._loaded["record"]["input_shapes"]
             cost = bsdp.measure_cost(part, tuple(torch.zeros(s) for s in shapes), new_bias=self.new_bias)
@@ -182,6 +192,8 @@ class RoundPruning(Callback, ABC):
                     f"`{type(self).__name__}` needs the shape of the input, but {error}. {_ADVICE}"
                 ) from error
             self._build(pl_module, cost, network, shapes)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._first = FirstInputs(self._network(pl_module))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._begin(trainer)
         self.check_optimizers(trainer)
@@ -217,11 +229,11 @@ class RoundPruning(Callback, ABC):
         self._begin_epoch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure MACs on the first batch, and watch the network on some batches."""
+        """Watch the network on some batches, and what it gets in the first one."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.record.cost.fixed_macs is None and not self.record.input_shapes:
-            self._measure(trainer, pl_module, batch)
+        if self._first is None and self.record.cost.fixed_macs is None and not self.record.input_shapes:
+            self._first = FirstInputs(self._network(pl_module))
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
         self._watching().attach(trainer, pl_module, batch_idx)
@@ -236,8 +248,10 @@ class RoundPruning(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop watching; validation must not count."""
+        """Stop watching, for validation must not count; measure MACs after the first batch."""
         self._detach()
+        if self._first is not None:
+            self._look_at_first(trainer, pl_module, batch)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._watching().check_taught(pl_module, outputs)
 
@@ -340,25 +354,58 @@ class RoundPruning(Callback, ABC):
         if words is not None:
             rank_zero_info(f"bsdp: {words}")
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Measure MACs from one example of the batch; needed for a MACs budget, else only reported."""
+    def _network(self, pl_module: LightningModule) -> nn.Module:
+        return pl_module.get_submodule(self.record.network) if self.record.network else pl_module
+
+    def _measure_on_own_example(self, pl_module: LightningModule, network: str) -> tuple[ModelCost, list[list[int]]]:
+        """Without MACs where the network takes more than tensors and nothing needs them."""
+        try:
+            return measure_on_own_example(pl_module, network, new_bias=self.new_bias)
+        except NotReplayableError as error:
+            if self.needs_example or self.settings.target_kind == "macs":
+                raise ValueError(f"`{type(self).__name__}` needs the shape of the input, but {error}.") from error
+            rank_zero_warn(f"MACs are not reported: {error}.")
+            part = pl_module.get_submodule(network) if network else pl_module
+            return bsdp.measure_cost(part, new_bias=self.new_bias), [[0]]
+
+    def _look_at_first(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Measure MACs on what the network got in the first batch, or see whether it is what was measured."""
+        assert self._first is not None
+        first, self._first = self._first, None
+        first.close()
+        shapes = trainer.strategy.broadcast(first.shapes)
+        known = self.record.input_shapes
+        if self.record.cost.fixed_macs is None:
+            self._measure(pl_module, batch, shapes)
+        elif shapes is not None and [shape[1:] for shape in shapes] != [shape[1:] for shape in known]:
+            seen, guessed = (" and ".join("x".join(map(str, shape[1:])) for shape in each) for each in (shapes, known))
+            rank_zero_warn(
+                f"`{type(self).__name__}` measured the network on inputs of {guessed}, the first tensor of a batch, "
+                f"but in training it gets {seen}: costs are those of the wrong size. {_ADVICE}"
+            )
+
+    def _measure(self, pl_module: LightningModule, batch: Any, shapes: list[list[int]] | None) -> None:
+        """Measure MACs on inputs of these shapes, else on one example of the batch; only a MACs budget needs them."""
         pruner = self._pruner()
         try:
-            cost, self.record.input_shapes = measure_on_batch(
-                pl_module, self.record.network, batch, new_bias=self.new_bias
-            )
-        except ValueError as error:
-            reason = str(error)
-        else:
-            pruner.set_cost(cost)
-            say_whole(self.record)
+            if shapes is None:
+                cost, shapes = measure_on_batch(pl_module, self.record.network, batch, new_bias=self.new_bias)
+            else:
+                part = self._network(pl_module)
+                cost = bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias)
+        except Exception as error:  # whatever the user's forward may raise on an input we guessed
             if self.settings.target_kind == "macs":
-                self._print_ceiling()
+                raise ValueError(
+                    f"`target_kind: macs` needs the MACs of the network, but {error}. {_ADVICE}"
+                ) from error
+            rank_zero_warn(f"MACs are not reported: {error}. {_ADVICE}")
+            self.record.input_shapes = [[0]]
             return
+        self.record.input_shapes = shapes
+        pruner.set_cost(cost)
+        say_whole(self.record)
         if self.settings.target_kind == "macs":
-            raise ValueError(f"`target_kind: macs` needs the MACs of the network, but {reason}. {_ADVICE}")
-        rank_zero_warn(f"MACs are not reported: {reason}. {_ADVICE}")
-        self.record.input_shapes = [[0]]
+            self._print_ceiling()
 
     def _agree(self, trainer: Trainer) -> None:
         """Average scores and statistics over all processes: before a cut, and before a checkpoint of the first one."""

@@ -302,30 +302,27 @@ def test_nan_gradients_remove_nothing(tmp_path: Path) -> None:
 def test_macs_need_an_example_only_when_asked_for(tmp_path: Path) -> None:
     class Odd(Classifier):
         def forward(self, images: Tensor, extra: Tensor) -> Tensor:  # type: ignore[override]
-            return self.network(images + extra)
+            return self.rest(self.first(images + extra))  # type: ignore[no-any-return]
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.cross_entropy(self(batch[0], torch.zeros(1)), batch[1])
+            return nn.functional.cross_entropy(self.forward(batch[0], torch.zeros(1)), batch[1])
 
         def _evaluate(self, batch: Any, stage: str) -> None:
             self.log(f"{stage}_accuracy", (self(batch[0], torch.zeros(1)).argmax(1) == batch[1]).float().mean())
 
-    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None)
+    def pruning(**options: Any) -> IterativeBasisPruning:
+        return IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None, **options)
+
+    silent = pruning()
     with pytest.warns(UserWarning, match="MACs are not reported"):
-        fit(Odd(), pruning, tmp_path, max_epochs=2)
-    assert pruning.record.rounds[-1].macs is None
+        fit(Odd(spread=True), silent, tmp_path, max_epochs=2)
+    assert silent.record.rounds[-1].macs is None
     with pytest.raises(ValueError, match="`target_kind: macs` needs the MACs"):
-        fit(
-            Odd(),
-            IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, target_kind="macs"),
-            tmp_path,
-            max_epochs=2,
-        )
-    told = Odd()
+        fit(Odd(spread=True), pruning(target_kind="macs"), tmp_path, max_epochs=2)
+    told, asked = Odd(spread=True), pruning(target_kind="macs")
     told.example_input_array = (torch.zeros(1, 1, 8, 8), torch.zeros(1, 1))
-    pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, target_kind="macs", tolerance=None)
-    fit(told, pruning, tmp_path, max_epochs=2)
-    assert pruning.record.input_shapes == [[1, 1, 8, 8]]
+    fit(told, asked, tmp_path, max_epochs=2)
+    assert asked.record.input_shapes == [[1, 1, 8, 8], [1, 1]]
 
 
 class Reading(nn.Module):
@@ -335,8 +332,8 @@ class Reading(nn.Module):
         super().__init__()
         self.first, self.read, self.head = nn.Linear(64, 24), nn.Linear(24, 24), nn.Linear(24, 4)
 
-    def forward(self, images: Tensor, extra: Tensor) -> Tensor:
-        features = self.first(images.flatten(1) + extra).relu()
+    def forward(self, images: Tensor, extra: Any) -> Tensor:
+        features = self.first(images.flatten(1) + (extra[0] if isinstance(extra, list) else extra)).relu()
         return self.head(nn.functional.linear(features, self.read.weight, self.read.bias).relu())
 
 
@@ -350,9 +347,8 @@ def test_a_layer_whose_weight_is_read_stays_whole(
             self.network = Reading()
 
         def forward(self, images: Tensor) -> Tensor:
-            if not measured and len(images) == 1:
-                raise RuntimeError("no single images")
-            return self.network(images, torch.zeros(1))
+            extra = torch.zeros(1)
+            return self.network(images, extra if measured else [extra])
 
     module, pruning = Module(), IterativeBasisPruning(warmup_epochs=1, target=0.3, rounds=1, tolerance=None)
     if measured:

@@ -1,0 +1,126 @@
+"""What the network in a module is measured on: an example of the user's, what training gives it, or a guess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bsdp
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, IterativeBasisPruning
+from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
+
+
+class Smaller(Classifier):
+    """Trains on images of half the size of those in the batch; other sizes pass, too."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(F.avg_pool2d(batch[0], 2)), batch[1])
+
+
+class Network(nn.Module):
+    """Takes more than one argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small_network()
+
+    def forward(self, images: Any, twice: bool = False, *, shift: float = 0.0) -> Tensor:
+        images = images[0] if isinstance(images, list) else images
+        output: Tensor = self.layers(images + shift)
+        return output * 2 if twice else output
+
+
+class Calling(Classifier):
+    """Calls its network in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.network = Network()  # type: ignore[assignment]
+        self.how = how
+        self.example_input_array = torch.zeros(2, 1, 8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        calls: dict[str, Any] = {
+            "by name": lambda: self.network(images=images),
+            "default": lambda: self.network(images, False),
+            "flag": lambda: self.network(images, True),
+            "keyword": lambda: self.network(images, shift=0.5),
+            "list": lambda: self.network([images]),
+        }
+        output: Tensor = calls[self.how]()
+        return output
+
+
+def pruned(module: Classifier, folder: Path, **options: Any) -> IterativeBasisPruning:
+    given: dict[str, Any] = {"warmup_epochs": 1, "target": 0.5, "rounds": 1, "tolerance": None, **options}
+    pruning = IterativeBasisPruning(**given)
+    trainer = make_trainer(folder, [pruning, BasisDecomposition()], max_epochs=2)
+    trainer.fit(module, datamodule=Stripes())
+    return pruning
+
+
+def channels(module: Classifier, folder: Path) -> ChannelPruning:
+    pruning = ChannelPruning(warmup_epochs=1, target=0.3, rounds=1, tolerance=None)
+    make_trainer(folder, [pruning], max_epochs=2).fit(module, datamodule=Stripes())
+    return pruning
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_what_training_gives_is_measured(kind: str, tmp_path: Path) -> None:
+    record = pruned(Smaller(), tmp_path, target_kind=kind).record
+    assert record.input_shapes == [[1, 1, 4, 4]]
+    assert record.original("macs") == bsdp.describe(small_network(), torch.zeros(1, 1, 4, 4)).macs
+
+
+def test_a_wrong_guess_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="measured the network on inputs of 1x8x8, .* in training it gets 1x4x4"):
+        channels(Smaller(), tmp_path)
+    channels(Classifier(), tmp_path)  # here a warning is an error
+    told = Smaller()
+    told.example_input_array = torch.zeros(2, 1, 4, 4)
+    assert channels(told, tmp_path).record.input_shapes == [[1, 1, 4, 4]]
+
+
+@pytest.mark.parametrize("how", ["by name", "default"])
+def test_calls_that_come_down_to_tensors(how: str, tmp_path: Path) -> None:
+    for module in (Calling(how), told := Calling(how)):
+        if module is told:
+            module.example_input_array = None
+        record = pruned(module, tmp_path, target_kind="macs").record
+        assert record.input_shapes == [[1, 1, 8, 8]]
+        assert record.original("macs") == bsdp.describe(small_network(), torch.zeros(1, 1, 8, 8)).macs
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("flag", r"Tensor, bool"), ("keyword", r"Tensor, shift=float"), ("list", "list")]
+)
+def test_other_calls_leave_macs_unknown(how: str, words: str, tmp_path: Path) -> None:
+    reason = rf"Network is called with \({words}\), and only networks that take tensors"
+    with pytest.warns(UserWarning, match=f"MACs are not reported: {reason}"):
+        pruning = pruned(Calling(how), tmp_path)
+    assert pruning.record.rounds[-1].macs is None and len(pruning.record.rounds) == 2
+    with pytest.raises(ValueError, match=f"`IterativeBasisPruning` needs the shape of the input, but {reason}"):
+        pruned(Calling(how), tmp_path, target_kind="macs")
+    with pytest.raises(ValueError, match=f"`ChannelPruning` needs the shape of the input, but {reason}"):
+        channels(Calling(how), tmp_path)
+    unknown = Calling(how)
+    unknown.example_input_array = None
+    with pytest.warns(UserWarning, match=f"MACs are not reported: .*{reason}"):
+        pruned(unknown, tmp_path)
+
+
+def test_a_network_that_is_not_called(tmp_path: Path) -> None:
+    class Aside(Classifier):
+        def forward(self, images: Tensor) -> Tensor:
+            output: Tensor = self.network[3](self.network[1:3](self.network[0](images)))
+            return output
+
+    module = Aside()
+    module.example_input_array = torch.zeros(2, 1, 8, 8)
+    with pytest.warns(UserWarning, match="`forward` of Aside did not call `network`"):
+        assert pruned(module, tmp_path).record.rounds[-1].macs is None
