@@ -1,8 +1,9 @@
 """Training batches of our own beside a trainer: through the module's `training_step` where it can be, without a trace.
 
 A module may normalise images, unpack a batch or call its networks in `training_step`, so only that shows what reaches
-the layers in training. Where it cannot be run (manual optimization, steps that need what eval mode does not give),
-``forward`` gets the first floating-point tensor of the batch.
+the layers in training. It runs in eval mode; where it needs training mode, as with a detector that gives losses in that
+mode only, single layers still behave as in evaluation. Where it cannot be run (manual optimization, steps that need
+what is not there), ``forward`` gets the first floating-point tensor of the batch.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ from bsdp.compiling import uncompiled
 from bsdp.gradient_moments import check_logits
 from bsdp.probing import evaluating, first_tensor
 
+_WAYS_OUT = {
+    "metric: activation": "`metric: euclidean` does without.",
+    "metric: kfac": "`rebase: never` does without.",
+    "recalibration_batches": "`recalibration_batches: 0` does without.",
+}
 _INTERNAL = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
 
 
@@ -67,6 +73,7 @@ class OwnPasses:
         self.outputs = outputs
         self.reason = why_no_step(pl_module)
         self.stepping = self.reason is None
+        self.training = False
 
     def check(self) -> tuple[Any, Any] | None:
         """Find out on the first batch how the module can be run. Call it before `runs`.
@@ -130,14 +137,16 @@ class OwnPasses:
     def _try_step(self, step: OwnStep) -> tuple[bool, Any]:
         """Whether the step can be run, and what the network puts out in it."""
         # It may need what is not there, training mode or a state of its own, and raise whatever it likes.
-        try:
-            _, output = self._step(step)
-            if self.outputs:
-                check_logits(output)
-        except Exception as error:
-            self.reason = f"`training_step` cannot be run alone ({type(error).__name__}: {error})"
-            return False, None
-        return True, output
+        for self.training in (False, True):
+            try:
+                _, output = self._step(step)
+                if self.outputs:
+                    check_logits(output)
+            except Exception as error:
+                self.reason = self.reason or f"`training_step` cannot be run alone ({type(error).__name__}: {error})"
+            else:
+                return True, output
+        return False, None
 
     def _run(self, step: OwnStep) -> Any:
         if not self.stepping:
@@ -156,12 +165,24 @@ class OwnPasses:
             part = self.module.get_submodule(name)
             handles.append(part.register_forward_hook(lambda _module, _inputs, output: inner.append(output)))
         try:
-            with torch.enable_grad():  # a step may take gradients of its own
+            with torch.enable_grad(), self._modes():  # a step may take gradients of its own
                 result = step()
         finally:
             for handle in handles:
                 handle.remove()
         return result, _learnt_from(own or inner)
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        """Where the step needs it, what has parts is in training mode; norms and dropout, which have none, are not."""
+        changed = [m for m in self.module.modules() if self.training and not m.training and any(m.children())]
+        for module in changed:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.training = False
 
     def _forward(self, batch: Any) -> Any:
         tensor = first_tensor(batch)
@@ -172,9 +193,10 @@ class OwnPasses:
         try:
             return call_network(self.module, as_parameters(tensor, self.module))
         except Exception as error:  # whatever the user's forward may raise on an input we guessed
+            reason = self.reason or "`training_step` cannot be run alone in another process"
             raise ValueError(
-                f"`{self.setting}` needs to run the module on training batches, but `training_step` cannot be run "
-                f"alone, and `forward` failed on the first tensor of a batch ({type(error).__name__}: {error})."
+                f"`{self.setting}` needs to run the module on training batches, but {reason}, and `forward` failed on "
+                f"the first tensor of a batch ({type(error).__name__}: {error}). {_WAYS_OUT.get(self.setting, '')}"
             ) from error
 
 

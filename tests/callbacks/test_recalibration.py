@@ -163,18 +163,39 @@ def test_no_more_batches_than_an_epoch_has() -> None:
     assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
 
 
+def test_a_step_that_needs_training_mode_has_it_without_dropout() -> None:
+    dropped = []
+
+    def step(module: Any, batch: Any) -> Tensor:
+        assert module.training, "no losses in eval mode"
+        dropped.append(module.dropout.training)
+        return module(module.dropout(batch[0]) / 4 + 3).sum()  # type: ignore[no-any-return]
+
+    images, module, expected = torch.randn(16, 3), network(step), network()
+    module.dropout = nn.Dropout()
+    _recalibration.recalibrate(trainer_with(images), module, 2)
+    _recalibration.recalibrate(trainer_with(images / 4 + 3), expected, 2)
+    for own, by_hand in zip(statistics(module), statistics(expected), strict=True):
+        torch.testing.assert_close(own, by_hand)
+    assert len(dropped) == 3 and not any(dropped)
+    assert all(entry.training for entry in module.modules())
+
+
 def test_a_step_that_cannot_be_run_alone_leaves_forward(caplog: pytest.LogCaptureFixture) -> None:
     def fails(module: Any, batch: Any) -> Tensor:
-        assert module.training, "no eval mode"
-        return torch.zeros(())
+        raise AssertionError("no own step")
 
     images, module, expected = torch.randn(16, 3), network(fails), network()
     for each in (module, expected):
         _recalibration.recalibrate(trainer_with(images), each, 2)
     assert all(torch.equal(own, other) for own, other in zip(statistics(module), statistics(expected), strict=True))
-    assert "of training batches to `forward`" in caplog.text and "(AssertionError: no eval mode" in caplog.text
+    assert "of training batches to `forward`" in caplog.text and "(AssertionError: no own step" in caplog.text
     module.forward = None
-    with pytest.raises(ValueError, match=r"`recalibration_batches` needs to run the module .* and `forward` failed"):
+    words = (
+        r"`recalibration_batches` needs to run the module .*\(AssertionError: no own step\), and `forward` failed .*"
+        r"`recalibration_batches: 0` does without\.$"
+    )
+    with pytest.raises(ValueError, match=words):
         _recalibration.recalibrate(trainer_with(images), module, 2)
 
 
