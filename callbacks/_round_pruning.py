@@ -86,6 +86,7 @@ class RoundPruning(Callback, ABC):
         self._loaded: dict[str, Any] | None = None
         self._watch: BatchWatch | None = None
         self._first: FirstInputs | None = None
+        self._guessed = False  # whether costs are not yet those of what training gives the network
 
     @property
     def record(self) -> PruningRecord:
@@ -131,6 +132,7 @@ class RoundPruning(Callback, ABC):
             return
         self.pruner = self._watch = self._first = None  # another fit starts anew
         self._loaded = self.checkpoint_path = self.weights_path = None
+        self._guessed = False
         refuse_unsupported(trainer, self)
         write_whole_checkpoints(trainer)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
@@ -192,8 +194,7 @@ class RoundPruning(Callback, ABC):
                     f"`{type(self).__name__}` needs the shape of the input, but {error}. {_ADVICE}"
                 ) from error
             self._build(pl_module, cost, network, shapes)
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self._first = FirstInputs(self._network(pl_module))
+            self._guessed = True
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._begin(trainer)
         self.check_optimizers(trainer)
@@ -232,10 +233,14 @@ class RoundPruning(Callback, ABC):
         """Watch the network on some batches, and what it gets in the first one."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self._first is None and self.record.cost.fixed_macs is None and not self.record.input_shapes:
-            self._first = FirstInputs(self._network(pl_module))
+        if self.record.cost.fixed_macs is None and not self.record.input_shapes:
+            self._guessed = True
+            if self.settings.target_kind == "macs" and not self.settings.warmup_epochs:  # the first cut is due
+                self._measure(pl_module, batch, None)
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
+        if self._guessed and self._first is None:
+            self._first = FirstInputs(self._network(pl_module))
         self._watching().attach(trainer, pl_module, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -371,7 +376,7 @@ class RoundPruning(Callback, ABC):
     def _look_at_first(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Measure MACs on what the network got in the first batch, or see whether it is what was measured."""
         assert self._first is not None
-        first, self._first = self._first, None
+        first, self._first, self._guessed = self._first, None, False
         first.close()
         shapes = trainer.strategy.broadcast(first.shapes)
         known = self.record.input_shapes

@@ -124,3 +124,10 @@ def test_a_network_that_is_not_called(tmp_path: Path) -> None:
     module.example_input_array = torch.zeros(2, 1, 8, 8)
     with pytest.warns(UserWarning, match="`forward` of Aside did not call `network`"):
         assert pruned(module, tmp_path).record.rounds[-1].macs is None
+
+
+def test_a_cut_before_the_first_batch_goes_by_a_guess_that_is_looked_at(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_kind": "macs", "warmup_epochs": 0, "importance": "magnitude"}
+    assert [entry.epoch for entry in pruned(Classifier(), tmp_path, **options).record.rounds] == [0, 0]
+    with pytest.warns(UserWarning, match="measured the network on inputs of 1x8x8, .* in training it gets 1x4x4"):
+        pruned(Smaller(), tmp_path, **options)
