@@ -83,7 +83,7 @@ def adopt_parameters(
         wanted[id(new)] = new
         if holder is not None:
             for group in _groups([holder]):
-                if any(p is old for p in group["params"]):
+                if any(p is old for p in group["params"]) and not any(p is new for p in group["params"]):
                     group["params"].append(new)
             held.add(id(new))
     for group in _groups(optimizers):

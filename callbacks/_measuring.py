@@ -66,13 +66,10 @@ def measure_module_cost(
         The cost, and the shapes of the network's inputs.
     """
     part: nn.Module = pl_module.get_submodule(network) if network else pl_module
-    seen: list[tuple[Tensor, ...] | NotReplayableError] = []
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def see(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        try:
-            seen.append(_tensors_of(module, arguments, named))
-        except NotReplayableError as error:  # the call itself may go well
-            seen.append(error)
+    def see(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append((arguments, named))
 
     handle = part.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -85,48 +82,67 @@ def measure_module_cost(
         handle.remove()
     if not seen:
         raise NotReplayableError(f"`forward` of {type(pl_module).__name__} did not call `{network}`")
-    if isinstance(seen[0], NotReplayableError):
-        raise seen[0]
-    inputs = tuple(torch.zeros_like(value[:1]) for value in seen[0])
-    return measure_cost(part, inputs, new_bias=new_bias), [list(value.shape) for value in inputs]
+    tensors, left_out = _tensors_of(part, *seen[0])
+    inputs = tuple(torch.zeros_like(value[:1]) for value in tensors)
+    try:
+        cost = measure_cost(part, inputs, new_bias=new_bias)
+    except Exception as error:  # whatever the user's network may raise without them
+        if not left_out:
+            raise
+        names = ", ".join(f"`{name}`" for name in left_out)
+        raise NotReplayableError(f"{type(part).__name__} fails without {names} ({error})") from error
+    return cost, [list(value.shape) for value in inputs]
 
 
-def _tensors_of(network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What a network was called with as tensors in the order of its arguments, without defaults at the end.
+def _tensors_of(
+    network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], list[str]]:
+    """What a network was called with as tensors in the order of its arguments.
+
+    Returns:
+        The tensors that come first; names of further arguments that have defaults, and were given other values.
 
     Raises:
-        NotReplayableError: If that is not all of it.
+        NotReplayableError: If there is no tensor, or something else has to be given.
     """
     try:
         signature = inspect.signature(network.forward)
-        bound = signature.bind(*arguments, **named)
+        given = signature.bind(*arguments, **named).arguments
+        known = list(signature.parameters.values())
     except (TypeError, ValueError):  # a function without a signature
-        values, rest, defaults = arguments, named, []
-    else:
-        values, rest = bound.args, bound.kwargs
-        defaults = [parameter.default for parameter in signature.parameters.values()]
-    while values and not isinstance(values[-1], Tensor) and len(values) <= len(defaults):
-        if values[-1] is not defaults[len(values) - 1]:
-            break
-        values = values[:-1]
-    if rest or not values or not all(isinstance(value, Tensor) for value in values):
-        given = [type(value).__name__ for value in arguments]
-        given += [f"{key}={type(value).__name__}" for key, value in named.items()]
+        given, known = {}, []
+    tensors: list[Tensor] = [] if known else [value for value in arguments if isinstance(value, Tensor)]
+    left_out, needed = [], not known and (len(tensors) < len(arguments) or bool(named))
+    in_order = True
+    for parameter in known:
+        value = given.get(parameter.name, parameter.default)
+        several = parameter.kind is parameter.VAR_POSITIONAL and isinstance(value, tuple)
+        values = value if several else (value,)
+        by_name = parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+        in_order = in_order and not by_name and all(isinstance(entry, Tensor) for entry in values)
+        if in_order:
+            tensors += values
+        elif parameter.name in given and value is not parameter.default:
+            left_out.append(parameter.name)
+            needed = needed or (parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD)
+    if needed or not tensors:
+        kinds = [type(value).__name__ for value in arguments]
+        kinds += [f"{key}={type(value).__name__}" for key, value in named.items()]
         raise NotReplayableError(
-            f"{type(network).__name__} is called with ({', '.join(given)}), and only networks that take tensors in the "
+            f"{type(network).__name__} is called with ({', '.join(kinds)}), and only networks that take tensors in the "
             "order of their arguments can be measured"
         )
-    return values
+    return tuple(tensors), left_out
 
 
 class FirstInputs:
     """The shapes that a network is called with next, whoever calls it.
 
     Args:
-        network: The network; one with compiled parts is not watched, as graphs do not see hooks come and go.
+        network: The network; one with compiled parts inside is not watched, as graphs do not see hooks come and go.
 
     Attributes:
-        shapes: For one example; None while there was no call, or one with something else than floating-point tensors.
+        shapes: For one example; None while there was no call with floating-point tensors.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -134,13 +150,18 @@ class FirstInputs:
         self._handle = None if has_compiled(network) else network.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.close()
+        if (
+            isinstance(module, LightningModule)
+            and getattr(module.forward, "__func__", None) is not type(module).forward
+        ):
+            return  # a strategy that wraps the module lets `training_step` pass as `forward`
         try:
-            tensors = _tensors_of(module, arguments, named)
+            tensors, _ = _tensors_of(module, arguments, named)
         except NotReplayableError:
             return
         if all(tensor.is_floating_point() and tensor.dim() > 0 for tensor in tensors):
             self.shapes = [[1, *tensor.shape[1:]] for tensor in tensors]
+            self.close()
 
     def close(self) -> None:
         """Watch no more."""
@@ -181,6 +202,8 @@ def measure_on_batch(
         raise ValueError("the batch holds no floating-point tensor")
     try:
         return measure_module_cost(pl_module, network, example[:1], new_bias=new_bias)
+    except NotReplayableError:
+        raise
     except Exception as error:  # whatever the user's forward may raise on an input we guessed
         reason = f"`forward` failed on the first tensor of a batch ({type(error).__name__}: {error})"
         raise ValueError(reason) from error

@@ -27,6 +27,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric, MetricCollection
 
@@ -37,6 +39,7 @@ from bsdp.compiling import uncompiled
 from bsdp.gradient_moments import check_logits
 from bsdp.probing import evaluating, first_tensor
 
+_AS_IN_EVALUATION = (_NormBase, _DropoutNd, nn.MultiheadAttention)
 _WAYS_OUT = {
     "metric: activation": "`metric: euclidean` does without.",
     "metric: kfac": "`rebase: never` does without.",
@@ -89,6 +92,7 @@ class OwnPasses:
             for step in steps:
                 can_step, output = self._try_step(step) if self.stepping else (False, None)
                 self.stepping = all_agree(self.trainer, self.module, can_step)
+                self.training = not all_agree(self.trainer, self.module, not self.training)
                 if self.stepping:
                     return step.batch, output
                 output = self._forward(step.batch)
@@ -174,8 +178,9 @@ class OwnPasses:
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        """Where the step needs it, what has parts is in training mode; norms and dropout, which have none, are not."""
-        changed = [m for m in self.module.modules() if self.training and not m.training and any(m.children())]
+        """Where the step needs it, what has parts is in training mode, but for norms, dropout and torch's attention."""
+        found = [m for m in self.module.modules() if any(m.children()) and not isinstance(m, _AS_IN_EVALUATION)]
+        changed = [m for m in found if self.training and not m.training]
         for module in changed:
             module.training = True
         try:

@@ -87,6 +87,7 @@ class RoundPruning(Callback, ABC):
         self._watch: BatchWatch | None = None
         self._first: FirstInputs | None = None
         self._guessed = False  # whether costs are not yet those of what training gives the network
+        self._why_unknown = ""
 
     @property
     def record(self) -> PruningRecord:
@@ -233,10 +234,9 @@ class RoundPruning(Callback, ABC):
         """Watch the network on some batches, and what it gets in the first one."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.record.cost.fixed_macs is None and not self.record.input_shapes:
+        if not self._guessed and self.record.cost.fixed_macs is None and not self.record.input_shapes:
             self._guessed = True
-            if self.settings.target_kind == "macs" and not self.settings.warmup_epochs:  # the first cut is due
-                self._measure(pl_module, batch, None)
+            self._measure_guess(pl_module, batch)
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
         if self._guessed and self._first is None:
@@ -253,10 +253,10 @@ class RoundPruning(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop watching, for validation must not count; measure MACs after the first batch."""
-        self._detach()
+        """Stop watching, for validation must not count; after the first batch see what MACs are of."""
         if self._first is not None:
-            self._look_at_first(trainer, pl_module, batch)
+            self._look_at_first(trainer, pl_module)
+        self._detach()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._watching().check_taught(pl_module, outputs)
 
@@ -373,41 +373,45 @@ class RoundPruning(Callback, ABC):
             part = pl_module.get_submodule(network) if network else pl_module
             return bsdp.measure_cost(part, new_bias=self.new_bias), [[0]]
 
-    def _look_at_first(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Measure MACs on what the network got in the first batch, or see whether it is what was measured."""
+    def _measure_guess(self, pl_module: LightningModule, batch: Any) -> None:
+        """Measure MACs on one example of the batch; needed at once for a budget of them, else only reported."""
+        try:
+            found = measure_on_batch(pl_module, self.record.network, batch, new_bias=self.new_bias)
+        except ValueError as error:
+            if self.settings.target_kind == "macs":
+                reason = f"`target_kind: macs` needs the MACs of the network, but {error}. {_ADVICE}"
+                raise ValueError(reason) from error
+            self._why_unknown = str(error)
+        else:
+            self._set_cost(*found)
+
+    def _look_at_first(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the first batch gave the network what was measured, and measure it anew if that can be."""
         assert self._first is not None
-        first, self._first, self._guessed = self._first, None, False
-        first.close()
-        shapes = trainer.strategy.broadcast(first.shapes)
-        known = self.record.input_shapes
-        if self.record.cost.fixed_macs is None:
-            self._measure(pl_module, batch, shapes)
-        elif shapes is not None and [shape[1:] for shape in shapes] != [shape[1:] for shape in known]:
+        shapes = trainer.strategy.broadcast(self._first.shapes)
+        self._first.close()
+        self._first, self._guessed = None, False
+        known, part = self.record.input_shapes, self._network(pl_module)
+        if shapes is not None and [shape[1:] for shape in shapes] != [shape[1:] for shape in known]:
+            if not (known and (self.needs_example or self.spends_at_once())):
+                self._set_cost(bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias), shapes)
+                return
             seen, guessed = (" and ".join("x".join(map(str, shape[1:])) for shape in each) for each in (shapes, known))
             rank_zero_warn(
                 f"`{type(self).__name__}` measured the network on inputs of {guessed}, the first tensor of a batch, "
                 f"but in training it gets {seen}: costs are those of the wrong size. {_ADVICE}"
             )
-
-    def _measure(self, pl_module: LightningModule, batch: Any, shapes: list[list[int]] | None) -> None:
-        """Measure MACs on inputs of these shapes, else on one example of the batch; only a MACs budget needs them."""
-        pruner = self._pruner()
-        try:
-            if shapes is None:
-                cost, shapes = measure_on_batch(pl_module, self.record.network, batch, new_bias=self.new_bias)
-            else:
-                part = self._network(pl_module)
-                cost = bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias)
-        except Exception as error:  # whatever the user's forward may raise on an input we guessed
-            if self.settings.target_kind == "macs":
-                raise ValueError(
-                    f"`target_kind: macs` needs the MACs of the network, but {error}. {_ADVICE}"
-                ) from error
-            rank_zero_warn(f"MACs are not reported: {error}. {_ADVICE}")
+        elif not known:
+            rank_zero_warn(f"MACs are not reported: {self._why_unknown}. {_ADVICE}")
             self.record.input_shapes = [[0]]
-            return
+
+    def spends_at_once(self) -> bool:
+        """Whether costs count in the first batch already, so that they cannot change after it."""
+        return self.settings.target_kind == "macs" and not self.settings.warmup_epochs
+
+    def _set_cost(self, cost: ModelCost, shapes: list[list[int]]) -> None:
         self.record.input_shapes = shapes
-        pruner.set_cost(cost)
+        self._pruner().set_cost(cost)
         say_whole(self.record)
         if self.settings.target_kind == "macs":
             self._print_ceiling()
@@ -475,6 +479,9 @@ class RoundPruning(Callback, ABC):
     def _detach(self) -> None:
         if self._watch is not None:
             self._watch.detach()
+        if self._first is not None:
+            self._first.close()
+            self._first = None
 
 
 _ADVICE = "Set `example_input_array` in the LightningModule to one example."

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from bsdp._checks import check_at_least
 from bsdp.callbacks._evaluation import random_state_kept
 from bsdp.callbacks._latency import TableOfRun
-from bsdp.callbacks._measuring import example_of, measure_module_cost, only_network
+from bsdp.callbacks._measuring import NotReplayableError, example_of, measure_module_cost, only_network
 from bsdp.callbacks._round_pruning import RoundPruning
 from bsdp.callbacks._trainer_checks import is_beside, refuse_frozen_scales
 from bsdp.channel_graph import channel_groups
@@ -281,8 +281,12 @@ class ChannelPruning(RoundPruning):
                 "shape of its input, but there is no floating-point tensor in the first batch of the training data: "
                 "set `example_input_array` in the LightningModule to one example."
             )
-        _, shapes = measure_module_cost(pl_module, only_network(pl_module), example, new_bias=False)
-        return shapes
+        try:
+            return measure_module_cost(pl_module, only_network(pl_module), example, new_bias=False)[1]
+        except NotReplayableError as error:
+            raise ValueError(
+                f"`criterion: {self.settings.criterion}` needs the shape of the input, but {error}."
+            ) from error
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep frozen batch norms in eval mode, then as in `RoundPruning`."""

@@ -190,6 +190,10 @@ class TwoTemperaturePruning(RoundPruning):
         if not trainer.fast_dev_run and self._searcher().searching(trainer.current_epoch):  # type: ignore[attr-defined]
             self._watching().also(self._searcher().gated(trainer.current_epoch, loss_scale(trainer)))
 
+    def spends_at_once(self) -> bool:
+        """The penalty of the gates goes by costs, too."""
+        return bool(self.settings.target_kind == "macs" and self.settings.warmup_epochs == self.settings.search_epochs)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In the search, put the gates in for the validation."""
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bsdp
-from bsdp.callbacks import BasisDecomposition, ChannelPruning, IterativeBasisPruning
+from bsdp.callbacks import BasisDecomposition, ChannelPruning, IterativeBasisPruning, TwoTemperaturePruning
+from bsdp.callbacks._measuring import FirstInputs
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
 
@@ -28,9 +31,12 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = small_network()
+        self.needs_scale = False
 
-    def forward(self, images: Any, twice: bool = False, *, shift: float = 0.0) -> Tensor:
+    def forward(self, images: Any, twice: bool = False, scale: Any = None, *, shift: float = 0.0) -> Tensor:
         images = images[0] if isinstance(images, list) else images
+        if self.needs_scale:
+            images = images * scale[0]
         output: Tensor = self.layers(images + shift)
         return output * 2 if twice else output
 
@@ -42,6 +48,7 @@ class Calling(Classifier):
         super().__init__()
         self.network = Network()  # type: ignore[assignment]
         self.how = how
+        self.network.needs_scale = how == "needed"  # type: ignore[assignment]
         self.example_input_array = torch.zeros(2, 1, 8, 8)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,6 +57,9 @@ class Calling(Classifier):
             "default": lambda: self.network(images, False),
             "flag": lambda: self.network(images, True),
             "keyword": lambda: self.network(images, shift=0.5),
+            "keyword default": lambda: self.network(images, shift=0.0),
+            "tensor by name": lambda: self.network(images, scale=torch.ones(1)),
+            "needed": lambda: self.network(images, scale=[1.0]),
             "list": lambda: self.network([images]),
         }
         output: Tensor = calls[self.how]()
@@ -86,7 +96,7 @@ def test_a_wrong_guess_is_told(tmp_path: Path) -> None:
     assert channels(told, tmp_path).record.input_shapes == [[1, 1, 4, 4]]
 
 
-@pytest.mark.parametrize("how", ["by name", "default"])
+@pytest.mark.parametrize("how", ["by name", "default", "flag", "keyword", "keyword default", "tensor by name"])
 def test_calls_that_come_down_to_tensors(how: str, tmp_path: Path) -> None:
     for module in (Calling(how), told := Calling(how)):
         if module is told:
@@ -96,11 +106,14 @@ def test_calls_that_come_down_to_tensors(how: str, tmp_path: Path) -> None:
         assert record.original("macs") == bsdp.describe(small_network(), torch.zeros(1, 1, 8, 8)).macs
 
 
-@pytest.mark.parametrize(
-    ("how", "words"), [("flag", r"Tensor, bool"), ("keyword", r"Tensor, shift=float"), ("list", "list")]
-)
-def test_other_calls_leave_macs_unknown(how: str, words: str, tmp_path: Path) -> None:
-    reason = rf"Network is called with \({words}\), and only networks that take tensors"
+REASONS = {
+    "list": r"Network is called with \(list\), and only networks that take tensors",
+    "needed": r"Network fails without `scale` \(.*not subscriptable",
+}
+
+
+@pytest.mark.parametrize(("how", "reason"), REASONS.items())
+def test_other_calls_leave_macs_unknown(how: str, reason: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"MACs are not reported: {reason}"):
         pruning = pruned(Calling(how), tmp_path)
     assert pruning.record.rounds[-1].macs is None and len(pruning.record.rounds) == 2
@@ -108,9 +121,12 @@ def test_other_calls_leave_macs_unknown(how: str, words: str, tmp_path: Path) ->
         pruned(Calling(how), tmp_path, target_kind="macs")
     with pytest.raises(ValueError, match=f"`ChannelPruning` needs the shape of the input, but {reason}"):
         channels(Calling(how), tmp_path)
-    unknown = Calling(how)
+
+
+def test_a_list_without_an_example_is_told_of(tmp_path: Path) -> None:
+    unknown = Calling("list")
     unknown.example_input_array = None
-    with pytest.warns(UserWarning, match=f"MACs are not reported: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"MACs are not reported: {REASONS['list']}"):
         pruned(unknown, tmp_path)
 
 
@@ -131,3 +147,59 @@ def test_a_cut_before_the_first_batch_goes_by_a_guess_that_is_looked_at(tmp_path
     assert [entry.epoch for entry in pruned(Classifier(), tmp_path, **options).record.rounds] == [0, 0]
     with pytest.warns(UserWarning, match="measured the network on inputs of 1x8x8, .* in training it gets 1x4x4"):
         pruned(Smaller(), tmp_path, **options)
+
+
+class Wrapping(nn.Module):
+    """As DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+
+def test_under_a_strategy_that_wraps_the_module() -> None:
+    """There `training_step` passes as `forward` of the module, which is the network where layers are spread."""
+
+    class Bare(Smaller):
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step((batch, torch.zeros(3, dtype=torch.long)), 0)
+
+    module, other = Smaller(spread=True), Bare(spread=True)
+    images, labels = torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long)
+    for each, arguments in ((module, ((images, labels), 0)), (other, (images,))):
+        first = FirstInputs(each)
+        _ForwardRedirection()(Wrapping(each), each, "training_step", *arguments)
+        assert first.shapes == [[1, 1, 4, 4]]
+
+
+def test_a_step_that_takes_its_batch_apart(tmp_path: Path) -> None:
+    class Apart(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.network.forward(batch.pop(0)), batch.pop(0))  # which no hook sees
+
+    assert pruned(Apart(), tmp_path, target_kind="macs").record.input_shapes == [[1, 1, 8, 8]]
+
+
+def test_a_search_that_begins_in_the_first_batch(tmp_path: Path) -> None:
+    search: dict[str, Any] = {"target": 0.5, "target_kind": "macs", "search_epochs": 1, "tolerance": None}
+    for warmup, size in ((0, 8), (1, 4)):
+        searching = TwoTemperaturePruning(warmup_epochs=warmup, **search)
+        trainer = make_trainer(tmp_path, [searching, BasisDecomposition()], max_epochs=3)
+        told = pytest.warns(UserWarning, match="in training it gets 1x4x4") if warmup == 0 else nullcontext()
+        with told:
+            trainer.fit(Smaller(), datamodule=Stripes())
+        assert searching.record.input_shapes == [[1, 1, size, size]]
+
+
+def test_no_hook_is_left_behind(tmp_path: Path) -> None:
+    class Failing(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            raise RuntimeError("no step")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="no step"):
+        pruned(module, tmp_path)
+    assert not module.network._forward_pre_hooks
