@@ -59,6 +59,17 @@ def test_every_state_is_dropped() -> None:
         assert parameter not in outer.state and parameter not in inner.state
 
 
+def test_groups_that_share_their_list_take_a_parameter_once() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    old = model.weight
+    outer, inner = wrapped(old, shares=True)
+    outer.param_groups = [dict(group) for group in inner.param_groups]
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    adopt_parameters([outer], [(old, model.weight)], model)
+    for optimizer in (outer, inner):
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model.weight)]
+
+
 def test_parameters_change_owners_inside_too() -> None:
     for shares in (False, True):
         model = nn.Linear(2, 2, bias=False)

@@ -61,6 +61,7 @@ class Calling(Classifier):
             "tensor by name": lambda: self.network(images, scale=torch.ones(1)),
             "needed": lambda: self.network(images, scale=[1.0]),
             "list": lambda: self.network([images]),
+            "list and flag": lambda: self.network([images], True),
         }
         output: Tensor = calls[self.how]()
         return output
@@ -108,6 +109,7 @@ def test_calls_that_come_down_to_tensors(how: str, tmp_path: Path) -> None:
 
 REASONS = {
     "list": r"Network is called with \(list\), and only networks that take tensors",
+    "list and flag": r"Network is called with \(list, bool\), and only networks",
     "needed": r"Network fails without `scale` \(.*not subscriptable",
 }
 
