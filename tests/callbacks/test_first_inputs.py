@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import bsdp
 from bsdp.callbacks import BasisDecomposition, ChannelPruning, IterativeBasisPruning, TwoTemperaturePruning
-from bsdp.callbacks._measuring import FirstInputs
+from bsdp.callbacks._measuring import FirstInputs, NotReplayableError, _tensors_of
 from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 
 
@@ -61,7 +61,6 @@ class Calling(Classifier):
             "tensor by name": lambda: self.network(images, scale=torch.ones(1)),
             "needed": lambda: self.network(images, scale=[1.0]),
             "list": lambda: self.network([images]),
-            "list and flag": lambda: self.network([images], True),
         }
         output: Tensor = calls[self.how]()
         return output
@@ -109,7 +108,6 @@ def test_calls_that_come_down_to_tensors(how: str, tmp_path: Path) -> None:
 
 REASONS = {
     "list": r"Network is called with \(list\), and only networks that take tensors",
-    "list and flag": r"Network is called with \(list, bool\), and only networks",
     "needed": r"Network fails without `scale` \(.*not subscriptable",
 }
 
@@ -205,3 +203,13 @@ def test_no_hook_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no step"):
         pruned(module, tmp_path)
     assert not module.network._forward_pre_hooks
+
+
+def test_what_must_be_given_is_not_forgotten_for_what_may_be() -> None:
+    class Second(nn.Module):
+        def forward(self, images: Tensor, sizes: list[int], flag: bool = False) -> Tensor:
+            return images
+
+    images = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(NotReplayableError, match=r"Second is called with \(Tensor, list, flag=bool\)"):
+        _tensors_of(Second(), (images, [8]), {"flag": True})
