@@ -391,19 +391,27 @@ class RoundPruning(Callback, ABC):
         shapes = trainer.strategy.broadcast(self._first.shapes)
         self._first.close()
         self._first, self._guessed = None, False
-        known, part = self.record.input_shapes, self._network(pl_module)
-        if shapes is not None and [shape[1:] for shape in shapes] != [shape[1:] for shape in known]:
-            if not (known and (self.needs_example or self.spends_at_once())):
-                self._set_cost(bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias), shapes)
+        known = self.record.input_shapes
+        if shapes is None or [shape[1:] for shape in shapes] == [shape[1:] for shape in known]:
+            shapes = None  # nothing that was not known
+        elif not known or not (self.needs_example or self.spends_at_once()):
+            part = self._network(pl_module)
+            try:
+                cost = bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias)
+            except Exception as error:  # whatever the user's network may raise without its further arguments
+                self._why_unknown = self._why_unknown or f"the network fails on what it seems to get ({error})"
+            else:
+                self._set_cost(cost, shapes)
                 return
+        if not known:
+            rank_zero_warn(f"MACs are not reported: {self._why_unknown}. {_ADVICE}")
+            self.record.input_shapes = [[0]]
+        elif shapes is not None:
             seen, guessed = (" and ".join("x".join(map(str, shape[1:])) for shape in each) for each in (shapes, known))
             rank_zero_warn(
                 f"`{type(self).__name__}` measured the network on inputs of {guessed}, the first tensor of a batch, "
                 f"but in training it gets {seen}: costs are those of the wrong size. {_ADVICE}"
             )
-        elif not known:
-            rank_zero_warn(f"MACs are not reported: {self._why_unknown}. {_ADVICE}")
-            self.record.input_shapes = [[0]]
 
     def spends_at_once(self) -> bool:
         """Whether costs count in the first batch already, so that they cannot change after it."""

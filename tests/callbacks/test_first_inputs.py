@@ -123,11 +123,12 @@ def test_other_calls_leave_macs_unknown(how: str, reason: str, tmp_path: Path) -
         channels(Calling(how), tmp_path)
 
 
-def test_a_list_without_an_example_is_told_of(tmp_path: Path) -> None:
-    unknown = Calling("list")
+@pytest.mark.parametrize(("how", "reason"), REASONS.items())
+def test_without_an_example_they_are_told_of(how: str, reason: str, tmp_path: Path) -> None:
+    unknown = Calling(how)
     unknown.example_input_array = None
-    with pytest.warns(UserWarning, match=f"MACs are not reported: {REASONS['list']}"):
-        pruned(unknown, tmp_path)
+    with pytest.warns(UserWarning, match=f"MACs are not reported: {reason}"):
+        assert len(pruned(unknown, tmp_path).record.rounds) == 2
 
 
 def test_a_network_that_is_not_called(tmp_path: Path) -> None:
