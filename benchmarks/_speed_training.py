@@ -82,6 +82,7 @@ def callbacks(options: argparse.Namespace) -> Iterator[Row]:
             "ratio": medians["with"] / medians["without"],
             "ratio_lowest": min(ratios),
             "ratio_highest": max(ratios),
+            "ratio_of_lowest": min(seconds["with"]) / min(seconds["without"]),  # what other load adds is not in it
             "batches": options.batches,
             "once_in_steps": statistics.median(once),
             "repeats": options.repeats,

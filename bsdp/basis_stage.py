@@ -80,14 +80,18 @@ class BasisStage:
         """
         self.reset()
 
-    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
+    def collecting(
+        self, scale: float, parts: int = 1, *, scores: bool = True, statistics: bool = True
+    ) -> ExitStack | None:
         """Watch the features, for energy and the means, and their gradients, for scores of examples."""
-        stack = ExitStack()
-        if self.settings.mean_to_bias or self.settings.importance == "energy":
-            stack.enter_context(self.statistics.collecting())
-        elif not self.scores.needs_hooks:
+        statistics = statistics and (self.settings.mean_to_bias or self.settings.importance == "energy")
+        scores = scores and self.scores.needs_hooks
+        if not (statistics or scores):
             return None
-        if self.scores.needs_hooks:
+        stack = ExitStack()
+        if statistics:
+            stack.enter_context(self.statistics.collecting())
+        if scores:
             stack.enter_context(self.scores.collecting(scale, parts))
         return stack
 

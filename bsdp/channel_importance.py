@@ -13,7 +13,7 @@ from bsdp import channel_criteria as criteria
 from bsdp._checks import check_choice
 from bsdp.channel_group import ChannelGroup
 from bsdp.channel_terms import StepTerms
-from bsdp.channel_watching import Readers, by_example
+from bsdp.channel_watching import Readers, by_example, widened
 from bsdp.compiling import uncompiled
 from bsdp.importance import NoScoresError
 from bsdp.input_watching import watch_inputs
@@ -144,7 +144,7 @@ class ChannelScores:
                 return  # hooks from before a cut
             if self._sum is None or self._steps is None:
                 self._sum, self._steps = self._zeros()
-            values = by_example(layer, inputs.detach()).relu().mean(1)
+            values = by_example(layer, widened(inputs.detach()).relu())
             finite = values.isfinite().all()
             self._sum[start : start + values.shape[1]] += torch.where(finite, values.sum(0), 0.0)
             self._steps[number] += finite * len(values)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.channel_group import ChannelGroup
-from bsdp.channel_watching import by_example
+from bsdp.channel_watching import by_example, widened
 from bsdp.compiling import uncompiled
 from bsdp.input_watching import watch_inputs
 from bsdp.layers import BasisPair
@@ -48,7 +48,7 @@ class InputMeans:
     @torch.no_grad()
     def update(self, name: str, inputs: Tensor) -> None:
         """Add the mean over examples and positions of one batch; one with NaN or infinity counts for nothing."""
-        mean = by_example(self.layers[name], inputs.detach()).mean((0, 1))
+        mean = by_example(self.layers[name], widened(inputs.detach())).mean(0)
         finite = mean.isfinite().all()
         value, count = torch.where(finite, mean, 0.0), finite.float()
         known = name in self._sums  # out of place below: a state dict taken earlier must not change

@@ -145,12 +145,14 @@ class ChannelStage:
         self.scores.rebind(self.groups)
         self.means.rebind(self.groups)
 
-    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
+    def collecting(
+        self, scale: float, parts: int = 1, *, scores: bool = True, statistics: bool = True
+    ) -> ExitStack | None:
         """Watch what the layers read; terms are those of a whole optimizer step, whatever its parts."""
         stack = ExitStack()
-        if self.scores.needs_hooks:
+        if scores and self.scores.needs_hooks:
             stack.enter_context(self.scores.collecting(scale))
-        if self.settings.mean_to_bias and self.means.layers:
+        if statistics and self.settings.mean_to_bias and self.means.layers:
             stack.enter_context(self.means.collecting())
         return stack
 

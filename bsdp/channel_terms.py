@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bsdp.channel_criteria import reader_terms, taylor_2016, taylor_2019
-from bsdp.channel_watching import Readers, by_example, trains
+from bsdp.channel_watching import Readers, by_example, trains, widened
 from bsdp.input_watching import watch_gradients
 from bsdp.plain_layers import weight_of
 
@@ -69,8 +69,8 @@ class StepTerms:
             watched, forward = self._watched, self._forwards  # a backward that comes too late writes to what is gone
 
             def add(inputs: Tensor, gradient: Tensor) -> None:
-                terms = by_example(layer, inputs) * by_example(layer, gradient)
-                value = (terms.mean(1) if self.per_example else terms.sum((0, 1))) / scale
+                terms = by_example(layer, widened(inputs) * widened(gradient), mean=self.per_example)
+                value = (terms if self.per_example else terms.sum(0)) / scale
                 values = watched.setdefault(forward, {})
                 values[name] = values[name] + value if name in values else value
 

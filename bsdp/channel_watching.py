@@ -93,10 +93,23 @@ def trains(layer: nn.Module) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def by_example(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs of a layer as ``[examples, positions, channels]`` in float32 at least; channels are last for linear."""
+def widened(values: Tensor) -> Tensor:
+    """The same in float32 at least: sums grow with the data."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def by_example(layer: nn.Module, values: Tensor, *, mean: bool = True) -> Tensor:
+    """Means or sums over the positions, ``[examples, channels]``, of values that have the shape of a layer's input.
+
+    Args:
+        layer: The layer; channels are last for a linear one.
+        values: ``[examples, channels, ...]``, or without examples; reduced as they lie in memory.
+        mean: Whether to take means.
+    """
     dims = len(getattr(layer, "kernel_size", ()))
-    inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).movedim(inputs.dim() - 1 - dims, -1)
-    if inputs.dim() == dims + 1:  # no batch axis
-        inputs = inputs[None]
-    return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    if values.dim() == dims + 1:  # no batch axis
+        values = values[None]
+    over = [axis for axis in range(1, values.dim()) if axis != values.dim() - 1 - dims]
+    if not over:
+        return values
+    return values.mean(over) if mean else values.sum(over)

@@ -39,12 +39,15 @@ class FeatureStatistics:
         A batch with NaN or infinity counts for nothing.
         """
         dims = self.pairs[name].scaling.dims
-        features = features.detach().movedim(features.dim() - 1 - dims, 0).flatten(1)  # [bases, positions]
-        # Sums grow with the data, so float32 at least; in half precision they would overflow.
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        sums, squares = features.sum(1), features.square().sum(1)
+        if features.dim() == dims + 1:  # no batch axis
+            features = features[None]
+        over = [axis for axis in range(features.dim()) if axis != features.dim() - 1 - dims]
+        # Sums grow with the data, so float32 at least; in half precision they would overflow. As they lie in memory.
+        features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+        sums, squares = features.sum(over), features.square().sum(over)
         finite = sums.isfinite().all() & squares.isfinite().all()
-        self._add(name, finite * features.shape[1], torch.where(finite, sums, 0), torch.where(finite, squares, 0))
+        count = features.numel() // len(sums)
+        self._add(name, finite * count, torch.where(finite, sums, 0), torch.where(finite, squares, 0))
 
     def _add(self, name: str, count: Tensor, sums: Tensor, squares: Tensor) -> None:
         # Out of place: a state dict taken earlier must not change.

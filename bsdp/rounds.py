@@ -146,16 +146,20 @@ class RoundPruner:
                     stage.penalise(optimizer)
 
     @contextmanager
-    def collecting(self, scale: float = 1.0, parts: int = 1) -> Iterator[None]:
+    def collecting(
+        self, scale: float = 1.0, parts: int = 1, *, scores: bool = True, statistics: bool = True
+    ) -> Iterator[None]:
         """Watch the forward and backward passes inside the ``with`` block; a sample of the batches is enough.
 
         Args:
             scale: What the loss is multiplied with, under mixed precision.
             parts: What the loss is divided by, where gradients of so many batches are accumulated.
+            scores: Whether to watch for scores, where they come from watching; all batches of a step.
+            statistics: Whether to watch the features, whose means and energies need fewer batches than scores.
         """
         with ExitStack() as stack:
             for stage in self.stages.values():
-                watching = stage.collecting(scale, parts)
+                watching = stage.collecting(scale, parts, scores=scores, statistics=statistics)
                 if watching is not None:
                     stack.enter_context(watching)
             yield

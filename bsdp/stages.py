@@ -47,8 +47,17 @@ class Stage(Protocol):
     def rebind(self) -> None:
         """Follow the network after a cut, forgetting all scores."""
 
-    def collecting(self, scale: float, parts: int = 1) -> ExitStack | None:
-        """Watch forward and backward passes until it is closed; None if there is nothing to watch."""
+    def collecting(
+        self, scale: float, parts: int = 1, *, scores: bool = True, statistics: bool = True
+    ) -> ExitStack | None:
+        """Watch forward and backward passes until it is closed; None if there is nothing to watch.
+
+        Args:
+            scale: See `RoundPruner.collecting`, also for the rest.
+            parts: Batches of a step.
+            scores: Whether to watch for the scores of stages that have `needs_hooks`.
+            statistics: Whether to watch the features, for their means and energies.
+        """
 
     def plan(self, budget: float, cost: ModelCost) -> Any:
         """Plan the removal of the weakest units down to a budget.

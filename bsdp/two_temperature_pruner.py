@@ -117,9 +117,11 @@ class TwoTemperatureStage(BasisStage):
         self.gates = None
         super().rebind()
 
-    def collecting(self, scale: float, parts: int = 1) -> Any:
+    def collecting(self, scale: float, parts: int = 1, *, scores: bool = True, statistics: bool = True) -> Any:
         """Watch the features for means, and for scores where a structure is given."""
-        return super().collecting(scale, parts) if self.pattern is not None or self.settings.mean_to_bias else None
+        if self.pattern is None and not self.settings.mean_to_bias:
+            return None
+        return super().collecting(scale, parts, scores=scores, statistics=statistics)
 
     def plan(self, budget: float, cost: ModelCost) -> PruningPlan:
         """Plan the cut; a given structure has a budget of its own."""

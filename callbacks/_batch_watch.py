@@ -54,9 +54,13 @@ class BatchWatch:
         self._manual = not pl_module.automatic_optimization
         self.step, self._stepped = self.next_step, False
         step = self.step if self._manual else batch_idx // parts
-        scored = any(stage.needs_hooks for stage in self.pruner.stages.values())
-        if is_watched(trainer, step, parts=parts, scored=scored):
-            self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts))
+        scores = any(stage.needs_hooks for stage in self.pruner.stages.values())
+        wanted = {
+            "scores": scores and is_watched(trainer, step, parts=parts, scored=True),
+            "statistics": is_watched(trainer, step, parts=parts),
+        }
+        if any(wanted.values()):
+            self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts, **wanted))
         if self.reach is not None and (batch_idx == 0 or not self.reach.called):
             self._attached.enter_context(self.reach.watching())
         if self.readers is not None:

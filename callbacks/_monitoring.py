@@ -24,7 +24,7 @@ def is_watched(trainer: Trainer, step: int, *, parts: int = 1, scored: bool = Fa
         trainer: The trainer, in training.
         step: The step, counted from 0 in every epoch.
         parts: Batches whose gradients are accumulated in a step.
-        scored: Whether scores come from watching as well: short epochs are then watched as a whole.
+        scored: Whether it is for scores: short epochs are then watched as a whole.
     """
     batches = trainer.num_training_batches
     if batches == math.inf:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bsdp import channel_criteria as criteria
 from bsdp.channel_importance import CRITERIA, ChannelScores
+from bsdp.channel_watching import by_example
 from bsdp.importance import NoScoresError
 from tests.helpers.channel_nets import CHANNEL_NETS, channel_batch, channel_net, groups_of
 from tests.helpers.compare import decomposed
@@ -309,3 +310,19 @@ def test_nan_weights_give_no_scores() -> None:
     nn.init.constant_(net.get_submodule("conv").weight, float("nan"))  # type: ignore[arg-type]
     with pytest.raises(NoScoresError, match="'conv'"):
         ChannelScores(net, groups_of("flatten"), criterion="l1").compute()
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 1, 1), nn.Conv1d(3, 1, 1), nn.Linear(3, 1)])
+@pytest.mark.parametrize("mean", [True, False])
+def test_positions_are_reduced_where_channels_are_of_the_layer_with_and_without_examples(
+    layer: nn.Module, mean: bool
+) -> None:
+    positions = {nn.Conv2d: (4, 5), nn.Conv1d: (6,)}.get(type(layer), ())
+    values = torch.randn(2, 3, *positions)
+    expected = torch.stack([(v.flatten(1).mean(1) if mean else v.flatten(1).sum(1)) for v in values[..., None]])
+    torch.testing.assert_close(by_example(layer, values, mean=mean), expected)
+    torch.testing.assert_close(by_example(layer, values[0], mean=mean), expected[:1])
+    if not positions:  # tokens of a linear layer
+        torch.testing.assert_close(
+            by_example(layer, values[None], mean=mean), values.mean(0)[None] if mean else values.sum(0)[None]
+        )

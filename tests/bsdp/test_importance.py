@@ -434,13 +434,14 @@ def test_statistics_of_a_module_called_at_two_sizes_weigh_every_position_alike()
     assert relative_error(statistics.means()["first"], rows.mean(1)) < 1e-12
 
 
-def test_statistics_of_inputs_without_a_batch_axis() -> None:
-    pair = bsdp.pair_from_layer(nn.Conv2d(3, 6, 3).double())
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv2d(3, 6, 3), (3, 7, 7)), (nn.Linear(3, 6), (3,))])
+def test_statistics_of_inputs_without_a_batch_axis(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    pair = bsdp.pair_from_layer(layer.double())
     statistics = FeatureStatistics({"layer": pair})
-    inputs = torch.randn(3, 7, 7, dtype=torch.float64)
+    inputs = torch.randn(shape, dtype=torch.float64)
     with statistics.collecting():
         pair(inputs)
-    mean, _ = direct(pair.basis(inputs), 0)
+    mean, _ = direct(pair.basis(inputs)[None], 1)
     assert relative_error(statistics.means()["layer"], mean) < 1e-12
 
 

@@ -171,13 +171,46 @@ def test_every_example_of_a_short_epoch_counts_whatever_is_accumulated(tmp_path:
     for name, options in (("one", {}), ("three", {"accumulate_grad_batches": 3})):
         torch.manual_seed(0)
         counts.append(Counts())
-        pruning = IterativeBasisPruning(warmup_epochs=1, target=0.5, rounds=1, tolerance=None, importance="fisher")
+        pruning = IterativeBasisPruning(
+            warmup_epochs=1, target=0.5, rounds=1, tolerance=None, importance="fisher", mean_to_bias=False
+        )
         callbacks = [pruning, BasisDecomposition(), counts[-1]]
         trainer = make_trainer(tmp_path / name, callbacks, max_epochs=2, **options)  # type: ignore[arg-type]
         trainer.fit(Still(), datamodule=Stripes(batch_size=16))
     assert counts[0].steps == counts[1].steps == [96, 96]
     for one, three in zip(counts[0].sums, counts[1].sums, strict=True):
         torch.testing.assert_close(one, three)
+
+
+class Hooked(Callback):
+    """Notes on which batches of the first epoch the terms of bases and channels, and features, were watched."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[int]] = {"bases": [], "channels": [], "features": []}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stages = next(c for c in trainer.callbacks if hasattr(c, "pruner")).pruner.stages
+        now = {
+            "bases": stages["basis"].scores.steps,
+            "channels": int(stages["channel"].scores._steps.max()),
+            "features": int(max(stages["basis"].statistics.counts.values(), default=0)),
+        }
+        if batch_idx == 0:
+            self.last = dict.fromkeys(now, 0)
+        for name, value in now.items() if trainer.current_epoch == 0 else ():
+            if value > self.last[name]:
+                self.seen[name].append(batch_idx)
+        self.last = now
+
+
+def test_features_are_watched_on_fewer_batches_than_scores(tmp_path: Path) -> None:
+    hooked = Hooked()
+    pruning = DoublePruning(target=0.4, rounds=1, warmup_epochs=1, tolerance=None, split=0.5, importance="fisher")
+    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), hooked], max_epochs=2)
+    trainer.fit(Classifier(), datamodule=Stripes(batch_size=12))
+    assert hooked.seen == {"bases": list(range(8)), "channels": list(range(8)), "features": [0, 4]}
 
 
 def test_double_pruning_takes_them_too(tmp_path: Path) -> None:
