@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 
 import bsdp
@@ -19,16 +17,8 @@ from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._batch_watch import BatchWatch
 from bsdp.callbacks._checkpoint_io import load_shape_first, write_whole_checkpoints
 from bsdp.callbacks._curvature import check_curvature, complete_scores
-from bsdp.callbacks._evaluation import random_state_kept
-from bsdp.callbacks._measuring import (
-    FirstInputs,
-    NotReplayableError,
-    example_of,
-    first_example,
-    measure_on_batch,
-    measure_on_own_example,
-    only_network,
-)
+from bsdp.callbacks._input_costs import InputCosts
+from bsdp.callbacks._measuring import only_network
 from bsdp.callbacks._monitoring import log_around_cut, monitored_value, shows_metrics
 from bsdp.callbacks._own_steps import OwnPasses
 from bsdp.callbacks._processes import mean_over_processes, rewrap
@@ -85,9 +75,7 @@ class RoundPruning(Callback, ABC):
         self.weights_path: Path | None = None
         self._loaded: dict[str, Any] | None = None
         self._watch: BatchWatch | None = None
-        self._first: FirstInputs | None = None
-        self._guessed = False  # whether costs are not yet those of what training gives the network
-        self._why_unknown = ""
+        self._costs = InputCosts(self)
 
     @property
     def record(self) -> PruningRecord:
@@ -131,9 +119,9 @@ class RoundPruning(Callback, ABC):
         load_shape_first(trainer)
         if stage != "fit":
             return
-        self.pruner = self._watch = self._first = None  # another fit starts anew
+        self.pruner = self._watch = None  # another fit starts anew
         self._loaded = self.checkpoint_path = self.weights_path = None
-        self._guessed = False
+        self._costs = InputCosts(self)
         refuse_unsupported(trainer, self)
         write_whole_checkpoints(trainer)
         if self.settings.tolerance is not None and getattr(trainer, "barebones", False):
@@ -146,22 +134,13 @@ class RoundPruning(Callback, ABC):
         """Build the pruner on the module; check what can be checked without data."""
         self.pruner = None
         self.check_module(pl_module)
-        network = only_network(pl_module)
-        part = pl_module.get_submodule(network) if network else pl_module
-        shapes: list[list[int]] = []
-        if pl_module.example_input_array is not None:
-            cost, shapes = self._measure_on_own_example(pl_module, network)
-        elif self._loaded is not None and self.needs_example:
-            shapes = self._loaded["record"]["input_shapes"]
-            cost = bsdp.measure_cost(part, tuple(torch.zeros(s) for s in shapes), new_bias=self.new_bias)
-        elif self.needs_example:
-            return  # the first batch is needed, see `on_train_start`
-        else:
-            cost = bsdp.measure_cost(part, new_bias=self.new_bias)
-        self._build(pl_module, cost, network, shapes)
+        saved = None if self._loaded is None else self._loaded["record"]["input_shapes"]
+        measured = self._costs.without_data(pl_module, saved=saved)
+        if measured is not None:  # else the first batch is needed, see `on_train_start`
+            self._build(pl_module, *measured)
 
-    def _build(self, pl_module: LightningModule, cost: ModelCost, network: str, shapes: list[list[int]]) -> None:
-        self.pruner = self.build(pl_module, cost, network=network, shapes=shapes)
+    def _build(self, pl_module: LightningModule, cost: ModelCost, shapes: list[list[int]]) -> None:
+        self.pruner = self.build(pl_module, cost, network=only_network(pl_module), shapes=shapes)
         self._watch = BatchWatch(self.pruner, self._basis_stage())
         self.record.input_shapes = shapes
         if self.record.cost.knows(self.settings.target_kind):
@@ -185,17 +164,7 @@ class RoundPruning(Callback, ABC):
         """
         refuse_optimizers(trainer.optimizers)
         if self.pruner is None:
-            network = only_network(pl_module)
-            with random_state_kept():  # the same order of the data as beside callbacks that need no example
-                batch = first_example(trainer)
-            try:
-                cost, shapes = measure_on_batch(pl_module, network, batch, new_bias=self.new_bias)
-            except ValueError as error:
-                raise ValueError(
-                    f"`{type(self).__name__}` needs the shape of the input, but {error}. {_ADVICE}"
-                ) from error
-            self._build(pl_module, cost, network, shapes)
-            self._guessed = True
+            self._build(pl_module, *self._costs.on_first_example(trainer, pl_module))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._begin(trainer)
         self.check_optimizers(trainer)
@@ -234,13 +203,10 @@ class RoundPruning(Callback, ABC):
         """Watch the network on some batches, and what it gets in the first one."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not self._guessed and self.record.cost.fixed_macs is None and not self.record.input_shapes:
-            self._guessed = True
-            self._measure_guess(pl_module, batch)
+        self._costs.before_batch(pl_module, batch)
         if batch_idx == 0:  # a resumed run may skip `on_train_epoch_start`
             self._begin_epoch(trainer, pl_module)
-        if self._guessed and self._first is None:
-            self._first = FirstInputs(self._network(pl_module))
+        self._costs.watch(pl_module)
         self._watching().attach(trainer, pl_module, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -254,8 +220,7 @@ class RoundPruning(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop watching, for validation must not count; after the first batch see what MACs are of."""
-        if self._first is not None:
-            self._look_at_first(trainer, pl_module)
+        self._costs.after_batch(trainer, pl_module)
         self._detach()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._watching().check_taught(pl_module, outputs)
@@ -359,65 +324,12 @@ class RoundPruning(Callback, ABC):
         if words is not None:
             rank_zero_info(f"bsdp: {words}")
 
-    def _network(self, pl_module: LightningModule) -> nn.Module:
-        return pl_module.get_submodule(self.record.network) if self.record.network else pl_module
-
-    def _measure_on_own_example(self, pl_module: LightningModule, network: str) -> tuple[ModelCost, list[list[int]]]:
-        """Without MACs where the network takes more than tensors and nothing needs them."""
-        try:
-            return measure_on_own_example(pl_module, network, new_bias=self.new_bias)
-        except NotReplayableError as error:
-            if self.needs_example or self.settings.target_kind == "macs":
-                raise ValueError(f"`{type(self).__name__}` needs the shape of the input, but {error}.") from error
-            rank_zero_warn(f"MACs are not reported: {error}.")
-            part = pl_module.get_submodule(network) if network else pl_module
-            return bsdp.measure_cost(part, new_bias=self.new_bias), [[0]]
-
-    def _measure_guess(self, pl_module: LightningModule, batch: Any) -> None:
-        """Measure MACs on one example of the batch; needed at once for a budget of them, else only reported."""
-        try:
-            found = measure_on_batch(pl_module, self.record.network, batch, new_bias=self.new_bias)
-        except ValueError as error:
-            if self.settings.target_kind == "macs":
-                reason = f"`target_kind: macs` needs the MACs of the network, but {error}. {_ADVICE}"
-                raise ValueError(reason) from error
-            self._why_unknown = str(error)
-        else:
-            self._set_cost(*found)
-
-    def _look_at_first(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether the first batch gave the network what was measured, and measure it anew if that can be."""
-        assert self._first is not None
-        shapes = trainer.strategy.broadcast(self._first.shapes)
-        self._first.close()
-        self._first, self._guessed = None, False
-        known = self.record.input_shapes
-        if shapes is None or [shape[1:] for shape in shapes] == [shape[1:] for shape in known]:
-            shapes = None  # nothing that was not known
-        elif not known or not (self.needs_example or self.spends_at_once()):
-            part = self._network(pl_module)
-            try:
-                cost = bsdp.measure_cost(part, example_of(shapes, part), new_bias=self.new_bias)
-            except Exception as error:  # whatever the user's network may raise without its further arguments
-                self._why_unknown = self._why_unknown or f"the network fails on what it seems to get ({error})"
-            else:
-                self._set_cost(cost, shapes)
-                return
-        if not known:
-            rank_zero_warn(f"MACs are not reported: {self._why_unknown}. {_ADVICE}")
-            self.record.input_shapes = [[0]]
-        elif shapes is not None:
-            seen, guessed = (" and ".join("x".join(map(str, shape[1:])) for shape in each) for each in (shapes, known))
-            rank_zero_warn(
-                f"`{type(self).__name__}` measured the network on inputs of {guessed}, the first tensor of a batch, "
-                f"but in training it gets {seen}: costs are those of the wrong size. {_ADVICE}"
-            )
-
     def spends_at_once(self) -> bool:
         """Whether costs count in the first batch already, so that they cannot change after it."""
         return self.settings.target_kind == "macs" and not self.settings.warmup_epochs
 
-    def _set_cost(self, cost: ModelCost, shapes: list[list[int]]) -> None:
+    def set_cost(self, cost: ModelCost, shapes: list[list[int]]) -> None:
+        """Take costs that became known after the pruner was built, with the shapes of the inputs they are of."""
         self.record.input_shapes = shapes
         self._pruner().set_cost(cost)
         say_whole(self.record)
@@ -487,9 +399,4 @@ class RoundPruning(Callback, ABC):
     def _detach(self) -> None:
         if self._watch is not None:
             self._watch.detach()
-        if self._first is not None:
-            self._first.close()
-            self._first = None
-
-
-_ADVICE = "Set `example_input_array` in the LightningModule to one example."
+        self._costs.close()
