@@ -26,8 +26,8 @@ def freeze(
 
     Args:
         model: The decomposed model, or the part of it that is the backbone.
-        trainable: Patterns of modules that keep training as they are (for example the head); matched like the layer
-            patterns of `decompose`.
+        trainable: Patterns of modules (for example the head) and of single parameters that keep training as they are;
+            matched like the layer patterns of `decompose`.
         batch_norm: ``"frozen"`` fixes statistics and affine terms; ``"stats"`` updates the running statistics only,
             ``"affine"`` trains weight and bias only, ``"all"`` does both.
         train_bias: Whether the biases of the pairs train.
@@ -36,15 +36,17 @@ def freeze(
             that were not decomposed.
     """
     check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
-    modules = _unmatched_modules(model, trainable)
+    modules, named = _unmatched(model, trainable)
     for module in modules:
         train = batch_norm in ("affine", "all") if isinstance(module, _BatchNorm) else train_weights
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(train)
+            if id(parameter) not in named:
+                parameter.requires_grad_(train)
     for module in modules:
         if isinstance(module, BasisScalingConv):
             module.delta.requires_grad_(True)
-            module.bias.requires_grad_(train_bias)
+            if id(module.bias) not in named:
+                module.bias.requires_grad_(train_bias)
     for pair in modules:
         if isinstance(pair, BasisPair) and pair.had_bias and train_weights:
             pair.scaling.bias.requires_grad_(True)
@@ -61,14 +63,20 @@ def fixed_batch_norms(
         batch_norm: As in `freeze`.
     """
     check_choice("batch_norm", batch_norm, BATCH_NORM_MODES)
-    modules = _unmatched_modules(model, trainable)
+    modules, _ = _unmatched(model, trainable)
     if batch_norm in ("stats", "all"):
         return []
     return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
-def _unmatched_modules(model: nn.Module, trainable: Iterable[str]) -> list[nn.Module]:
-    """The modules that no pattern names; a module with two names counts as named when one of them is."""
+def _unmatched(model: nn.Module, trainable: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
+    """The modules that no pattern names, and the ids of the parameters that one does.
+
+    What has two names counts as named when one of them is.
+    """
     names = module_names(model)
-    patterns = check_patterns("trainable", trainable, [name for group in names.values() for name in group if name])
-    return [module for module, group in names.items() if not any(name and matches(name, patterns) for name in group)]
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    known = [name for group in names.values() for name in group if name] + [name for name, _ in parameters]
+    patterns = check_patterns("trainable", trainable, known)
+    left = [module for module, group in names.items() if not any(name and matches(name, patterns) for name in group)]
+    return left, {id(parameter) for name, parameter in parameters if matches(name, patterns)}

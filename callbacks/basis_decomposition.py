@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,7 +36,8 @@ class BasisDecomposition(Callback):
     Args:
         backbone: Dotted name of the submodule to decompose and freeze, for example ``model.features``; everything
             outside of it trains as it is. Default: the whole module but its last convolution or linear layer, the head.
-        trainable: Name patterns of modules that stay trainable although they are in the backbone.
+        trainable: Name patterns of modules, and of single parameters, that stay trainable although they are in the
+            backbone.
         include: Name patterns of the layers to decompose, relative to `backbone`. Default: all.
         exclude: Name patterns of layers not to decompose, relative to `backbone`.
         metric: How bases are chosen: ``euclidean`` is the SVD of the weights with orthonormal bases, ``activation``
@@ -213,12 +216,12 @@ class BasisDecomposition(Callback):
             ) from error
 
     def _freeze(self, pl_module: LightningModule, target: nn.Module, head: str | None) -> None:
-        names = {plain_name(name): module for name, module in pl_module.named_modules() if name}
+        names = {plain_name(name): part for name, part in _parts(pl_module)}
         patterns = check_patterns("trainable", self.trainable, names)
         if self.backbone is None and head is not None and not isinstance(pl_module.get_submodule(head), BasisPair):
             patterns.append(plain_name(head))
-        wanted = {module for name, module in names.items() if matches(name, patterns)}
-        self._kept = [name for name, module in target.named_modules() if name and module in wanted]
+        wanted = {id(part) for name, part in names.items() if matches(name, patterns)}
+        self._kept = [name for name, part in _parts(target) if id(part) in wanted]
         freeze(
             target,
             trainable=self._kept,
@@ -273,3 +276,12 @@ class BasisDecomposition(Callback):
 
 def _has_layers(module: nn.Module) -> bool:
     return find_head(module) is not None
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Names of everything inside that can train: modules and parameters, by all names they have."""
+    for name, part in chain(
+        module.named_modules(remove_duplicate=False), module.named_parameters(remove_duplicate=False)
+    ):
+        if name:
+            yield name, part

@@ -112,6 +112,15 @@ def test_other_layers_and_parameters_of_the_model_itself_are_frozen() -> None:
     bsdp.freeze(net)
     assert trainable(net) == set()
     assert not net.token.requires_grad
+    net = Tokens()
+    bsdp.freeze(net, trainable=["token", "layer.bias"])
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"token", "layer.bias"}
+
+
+def test_a_bias_of_a_pair_trains_on_when_it_is_named() -> None:
+    pair = bsdp.pair_from_layer(nn.Linear(4, 4)).requires_grad_(True)
+    bsdp.freeze(pair, trainable=["scaling.bias"])
+    assert trainable(pair) == {"scaling.delta", "scaling.bias"}
 
 
 def test_a_model_that_is_itself_a_pair_keeps_its_scales() -> None:

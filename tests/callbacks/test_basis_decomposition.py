@@ -194,6 +194,26 @@ def test_trainable_patterns_thaw(tmp_path: Path) -> None:
     assert module.network[0][1].running_mean.any()
 
 
+class WithTemperature(WithBatchNorm):
+    """Scales its scores with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.temperature
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_parameter_trains_when_it_is_named(named: bool, tmp_path: Path) -> None:
+    module = WithTemperature()
+    fit(module, [BasisDecomposition(trainable=["temperature"] if named else None)], tmp_path)
+    assert module.temperature.requires_grad is named
+    assert (module.temperature.item() != 1) is named
+    assert not module.network[0][1].weight.requires_grad
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_dimensions(tmp_path: Path, dims: int) -> None:
     module = Signals(dims)
