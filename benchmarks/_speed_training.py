@@ -55,8 +55,8 @@ def callbacks(options: argparse.Namespace) -> Iterator[Row]:
 
     The network is decomposed and frozen for `basis`, `channel` and `double`, plain with all weights for the criteria of
     `ChannelPruning`. The first epoch warms up, the second counts; before the third, bases are chosen anew where the
-    callback does that once in a fit: what that costs is given in steps of training, for it grows neither with the
-    epoch nor with their number. No cut is made.
+    callback does that once in a fit: what that costs is given in steps of training, for it reads 16 batches, however
+    long an epoch is. No cut is made.
     """
     for backbone, size, batch in options.networks or (("bsdp:resnet20", 32, 64), ("torchvision:resnet18", 64, 32)):
         images = torch.randn(options.batches * batch, 3, size, size)
@@ -68,7 +68,8 @@ def callbacks(options: argparse.Namespace) -> Iterator[Row]:
             for name, times in seconds.items():
                 second, third = _epochs(task, DataLoader(data, batch), options.method, prune=name == "with")
                 times.append(second)
-            once.append((third - second) / second * options.batches)
+                if name == "with" and options.method in ("basis", "double"):
+                    once.append((third - second) / second * options.batches)
         ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         yield {
@@ -84,7 +85,7 @@ def callbacks(options: argparse.Namespace) -> Iterator[Row]:
             "ratio_highest": max(ratios),
             "ratio_of_lowest": min(seconds["with"]) / min(seconds["without"]),  # what other load adds is not in it
             "batches": options.batches,
-            "once_in_steps": statistics.median(once),
+            "once_in_steps": statistics.median(once) if once else None,
             "repeats": options.repeats,
         }
 

@@ -48,7 +48,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "profile": _speed_folded.profile,
 }
 _WHERE = ("network", "image_size", "batch_size", "engine", "threads")
-_IDENTITY = (*_WHERE, "selection", "method", "metric", "what", "size")
+_IDENTITY = (*_WHERE, "batches", "selection", "method", "metric", "what", "size")
 _REPEATS = {"callbacks": 3, "scales": 7, "folded": 20, "parallel": 3}
 
 

@@ -83,6 +83,8 @@ class StepTerms:
         if not self.per_example:
             return
         for values in self._watched.values():
+            if not all(map(len, values.values())):
+                continue  # an empty batch
             terms = taylor_2016(self.readers.units(self.readers.flat(_same_examples(values)), mean=True))
             self._settled = terms if self._settled is None else self._settled + terms
             self._seen.update(values)

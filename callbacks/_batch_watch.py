@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from bsdp.basis_stage import BasisStage
 from bsdp.callbacks._gradient_reach import GradientReach
-from bsdp.callbacks._monitoring import is_watched, loss_scale
+from bsdp.callbacks._monitoring import loss_scale, watched
 from bsdp.callbacks._unfollowed_readers import UnfollowedReaders
 from bsdp.channel_pruner import ChannelStage
 from bsdp.importance import DATA_FREE
@@ -55,10 +55,7 @@ class BatchWatch:
         self.step, self._stepped = self.next_step, False
         step = self.step if self._manual else batch_idx // parts
         scores = any(stage.needs_hooks for stage in self.pruner.stages.values())
-        wanted = {
-            "scores": scores and is_watched(trainer, step, parts=parts, scored=True),
-            "statistics": is_watched(trainer, step, parts=parts),
-        }
+        wanted = watched(trainer, step, parts=parts, scores=scores)
         if any(wanted.values()):
             self._attached.enter_context(self.pruner.collecting(loss_scale(trainer), parts, **wanted))
         if self.reach is not None and (batch_idx == 0 or not self.reach.called):

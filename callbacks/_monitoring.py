@@ -12,26 +12,36 @@ from lightning.pytorch import LightningModule, Trainer
 from bsdp.callbacks._processes import mean_over_processes
 from bsdp.record import PruningRecord
 
-_FEATURE_STEPS = 16  # optimizer steps per epoch for which feature statistics are taken, but not more than every fourth
-_SCORED_STEPS = 32  # optimizer steps per epoch, at least, for which scores are taken by watching
-_UNKNOWN_STRIDE = 50  # every which step, when the length of an epoch is not known
+_SCORED_STEPS = 32  # optimizer steps per epoch, about, for which scores are taken by watching
+_FEATURE_STEPS = 16  # the same for features, of which a few batches tell enough, ...
+_FEATURE_STRIDE = 5  # ... so that they are watched on every which step of a short epoch, ...
+_FEWEST_STEPS = 4  # ... but on so many, if there are
+_UNKNOWN_STRIDE = 51  # every which step, when the length of an epoch is not known
 
 
-def is_watched(trainer: Trainer, step: int, *, parts: int = 1, scored: bool = False) -> bool:
-    """Whether the batches of an optimizer step are watched: all of them, as scores are those of a whole step.
+def watched(trainer: Trainer, step: int, *, parts: int = 1, scores: bool = False) -> dict[str, bool]:
+    """What is watched on the batches of an optimizer step: on all of them, as scores are those of a whole step.
+
+    Strides are odd: a layer that only every other step calls is seen as well. Where both are watched, features are on
+    some of the steps that are scored, as every watched step of a compiled network runs without its graphs.
 
     Args:
         trainer: The trainer, in training.
         step: The step, counted from 0 in every epoch.
         parts: Batches whose gradients are accumulated in a step.
-        scored: Whether it is for scores: short epochs are then watched as a whole.
+        scores: Whether scores come from watching: short epochs are then watched as a whole.
+
+    Returns:
+        Arguments of `RoundPruner.collecting`.
     """
-    batches = trainer.num_training_batches
-    if batches == math.inf:
-        return step % _UNKNOWN_STRIDE == 0
-    steps = math.ceil(batches / parts)
-    stride = max(1, steps // _SCORED_STEPS) if scored else max(4, steps // _FEATURE_STEPS)
-    return step % stride == 0
+    if trainer.num_training_batches == math.inf:
+        first = step % _UNKNOWN_STRIDE == 0
+        return {"scores": scores and first, "statistics": first}
+    steps = math.ceil(trainer.num_training_batches / parts)
+    scored = max(1, steps // _SCORED_STEPS) | 1 if scores else 1
+    wanted = max(1, min(_FEATURE_STRIDE, steps // _FEWEST_STEPS), steps // _FEATURE_STEPS)
+    features = scored * (math.ceil(wanted / scored) | 1)
+    return {"scores": scores and step % scored == 0, "statistics": step % features == 0}
 
 
 def monitored_value(trainer: Trainer, monitor: str, *, needed: bool, needed_by: object) -> float | None:

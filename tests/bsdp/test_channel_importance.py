@@ -114,6 +114,18 @@ def test_absolute_terms_per_example_are_at_least_that_of_their_mean() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
+def test_an_empty_batch_counts_for_nothing(criterion: str) -> None:
+    net = channel_net("flatten")
+    freeze_weights(net)  # so that both watch
+    scores = ChannelScores(net, groups_of("flatten"), criterion=criterion)
+    step(net, scores, channel_batch("flatten"))
+    expected = scores.compute()
+    with scores.collecting():
+        net(channel_batch("flatten")[:0]).sum().backward()
+    assert_close(scores.compute(), expected)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_2016", "taylor_2019"])
 def test_a_map_that_is_multiplied_by_zero_downstream_scores_zero(criterion: str) -> None:
     net = channel_net("flatten")
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from torchmetrics.classification import MulticlassAccuracy
 import bsdp
 from bsdp.callbacks import BasisDecomposition, DoublePruning, IterativeBasisPruning
 from bsdp.callbacks._curvature import add_curvature
+from bsdp.callbacks._monitoring import watched
 from bsdp.importance import ScoreAccumulator
 from tests.helpers.outcomes import run
-from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer
+from tests.helpers.pruning_runs import Batch, Classifier, Stripes, make_trainer, small_network
 from tests.helpers.resuming import differences
 
 
@@ -210,7 +212,52 @@ def test_features_are_watched_on_fewer_batches_than_scores(tmp_path: Path) -> No
     pruning = DoublePruning(target=0.4, rounds=1, warmup_epochs=1, tolerance=None, split=0.5, importance="fisher")
     trainer = make_trainer(tmp_path, [pruning, BasisDecomposition(), hooked], max_epochs=2)
     trainer.fit(Classifier(), datamodule=Stripes(batch_size=12))
-    assert hooked.seen == {"bases": list(range(8)), "channels": list(range(8)), "features": [0, 4]}
+    assert hooked.seen == {"bases": list(range(8)), "channels": list(range(8)), "features": [0, 3, 6]}
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("steps", [1, 3, 4, 8, 20, 63, 64, 96, 128, 500, 5000])
+def test_which_steps_of_an_epoch_are_watched(steps: int, scores: bool) -> None:
+    trainer: Any = SimpleNamespace(num_training_batches=2 * steps)
+    seen = [watched(trainer, step, parts=2, scores=scores) for step in range(steps)]
+    scored, features = ({i for i in range(steps) if seen[i][name]} for name in ("scores", "statistics"))
+    assert 0 in features and len(features) >= min(steps, 3 if steps < 32 else 7)
+    assert len(features) <= max(7, min(20, steps // 4))
+    for steps_of in (features, scored) if scores else (features,):
+        assert len(steps_of) == 1 or {i % 2 for i in steps_of} == {0, 1}  # also layers that every other step calls
+    assert scored == set() if not scores else features <= scored
+    assert not scores or min(steps, 22) <= len(scored) <= 63
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_steps_of_an_epoch_of_unknown_length_are_watched_now_and_then(scores: bool) -> None:
+    trainer: Any = SimpleNamespace(num_training_batches=float("inf"))
+    seen = [watched(trainer, step, scores=scores) for step in range(103)]
+    assert [i for i, now in enumerate(seen) if now == {"scores": scores, "statistics": True}] == [0, 51, 102]
+    assert not any(now["scores"] or now["statistics"] for i, now in enumerate(seen) if i % 51)
+
+
+class Alternating(Classifier):
+    """Trains one of two branches in every step, and evaluates both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.network
+        self.a, self.b = small_network(), small_network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        both: Tensor = self.a(images) + self.b(images)
+        return both
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy((self.b if batch_idx % 2 else self.a)(batch[0]), batch[1])
+
+
+def test_layers_that_every_other_step_calls_have_features(tmp_path: Path) -> None:
+    pruning = DoublePruning(target=0.4, rounds=1, warmup_epochs=1, tolerance=None, split=0.5, importance="energy")
+    trainer = make_trainer(tmp_path, [pruning, BasisDecomposition()], max_epochs=2)
+    trainer.fit(Alternating(), datamodule=Stripes(batch_size=12))
+    assert len(pruning.record.rounds) == 2
 
 
 def test_double_pruning_takes_them_too(tmp_path: Path) -> None:
