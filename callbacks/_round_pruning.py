@@ -134,7 +134,7 @@ class RoundPruning(Callback, ABC):
         """Build the pruner on the module; check what can be checked without data."""
         self.pruner = None
         self.check_module(pl_module)
-        saved = None if self._loaded is None else self._loaded["record"]["input_shapes"]
+        saved = None if self._loaded is None or not self.needs_example else self._loaded["record"]["input_shapes"]
         measured = self._costs.without_data(pl_module, saved=saved)
         if measured is not None:  # else the first batch is needed, see `on_train_start`
             self._build(pl_module, *measured)

@@ -48,7 +48,7 @@ MOMENTS: list[tuple[str, int, int | None]] = [
 ]
 WRITES = [
     *(("last.ckpt", epoch, when) for epoch, when in ((1, "during"), (2, "before"), (2, "after"))),
-    ("epoch=", 3, "after"),  # the best checkpoint, when the last one is still to be written
+    ("epoch=", 3, "after"),  # the checkpoint of the epoch, when the last one is still to be written
     ("last.ckpt", 4, "after"),
     ("pruned.ckpt", 5, "during"),
     ("pruned.ckpt", 5, "before"),

@@ -174,7 +174,7 @@ def words_of(callback: type[Callback], **arguments: Any) -> list[str]:
 def write_configuration(folder: Path, **trainer: Any) -> Path:
     """Write the configuration of a run of five short epochs with three cuts; gives the file."""
     callbacks = [
-        {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "max"}},
+        {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "max", "save_top_k": -1}},
         {"class_path": "LearningRateMonitor", "init_args": {"logging_interval": "epoch"}},
         {"class_path": "bsdp.callbacks.PruningReport", "init_args": {"latency_repeats": 0, "plot": False}},
         {"class_path": "bsdp.callbacks.BasisDecomposition", "init_args": {"metric": "activation", "batch_norm": "all"}},
