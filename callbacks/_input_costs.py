@@ -62,7 +62,7 @@ class InputCosts:
 
         Args:
             pl_module: The module.
-            saved: The shapes that a resumed run had.
+            saved: The shapes that a resumed run had, for an owner that needs an example.
 
         Returns:
             None if an example is needed and there is none before the data.
@@ -71,7 +71,7 @@ class InputCosts:
         if pl_module.example_input_array is not None:
             return self._on_own_example(pl_module)
         network = _part(pl_module, only_network(pl_module))
-        if saved is not None and owner.needs_example:
+        if saved is not None:
             example = tuple(torch.zeros(shape) for shape in saved)
             return bsdp.measure_cost(network, example, new_bias=owner.new_bias), saved
         if owner.needs_example:
